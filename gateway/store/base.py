@@ -1,0 +1,124 @@
+"""The storage seam: what a session needs kept, and what it gets back.
+
+Theory of operation
+-------------------
+A session's publisher is the only writer of that session. It hands over *batches*: events in the order of their
+numbers, atomic, all or nothing. A store keeps what is durable (volatile events never reach it) and folds the few facts
+that recovery needs as it goes: the inputs that no finished turn has consumed, the turn that is open, the state, the
+idempotency keys, and ``reserved``, the highest number that may have been shown to a client.
+
+Numbers are reserved ahead in blocks and in the same transaction as the events, so that a number a client saw is never
+given again, even after ``kill -9``: a session that comes back continues above ``reserved`` (DESIGN property 14).
+
+`gateway.store` holds the implementations; one contract suite (``tests/store``) runs on each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from attrs import field, frozen
+
+from gateway.protocol.keys import Key
+from gateway.protocol.messages import Event, Input, TurnStarted
+
+
+@frozen
+class SessionRecord:
+    """What a session is born with. `created_at` in ms."""
+
+    session_id: str
+    agent_id: str
+    subject: str
+    epoch: str
+    created_at: int
+
+
+@frozen
+class Stored:
+    """One durable event to write: numbered, with its JSON (``first == seq``).
+
+    `digest` and `on_busy` are given for an `Input` only: its idempotency digest, and how it was to be queued.
+    """
+
+    event: Event
+    payload: bytes
+    digest: bytes | None = None
+    on_busy: str = "queue"
+
+
+@frozen
+class StoredInput:
+    """An input that no finished turn has consumed."""
+
+    event: Input
+    on_busy: str
+
+
+@frozen
+class StoredSession:
+    """Everything a session needs to come back.
+
+    Invariant: ``floor < events[0].seq``, ``events`` in order of ``seq``, ``reserved >= events[-1].seq``.
+    """
+
+    record: SessionRecord
+    reserved: int
+    floor: int
+    """The oldest cursor that the retained events continue without a gap."""
+    state: dict[str, Any]
+    """All `state` patches merged, those of purged events too."""
+    events: list[Event]
+    """The newest retained events, within the bounds given to `Store.load`."""
+    queue: list[StoredInput]
+    """Inputs that neither started a turn nor were withdrawn, in order of ``seq``."""
+    turn: TurnStarted | None
+    """The turn without a `turn_ended`, if the process died in it."""
+    turn_inputs: list[StoredInput]
+    """That turn's inputs."""
+    keys: list[tuple[str, Key]] = field(factory=list)
+    """Idempotency keys in order of their ``at``."""
+
+
+class Store(ABC):
+    """Keeps sessions. Used as ``async with store:``; every method may be called by many tasks at once.
+
+    Every method may raise `StoreUnavailable` (nothing was written; the same call may succeed later).
+    """
+
+    durable: bool
+    """Whether what `append` returned for survives a crash of the process and the machine: `accepted.durable`."""
+
+    @abstractmethod
+    async def __aenter__(self) -> Store:
+        """Open. Raises `StoreUnusable` with a message that says what to do."""
+
+    @abstractmethod
+    async def __aexit__(self, *exc: object) -> None:
+        """Close; what was appended before is kept."""
+
+    @abstractmethod
+    async def create(self, record: SessionRecord, reserved: int) -> None:
+        """Add a session that does not exist yet, with its first block of numbers."""
+
+    @abstractmethod
+    async def load(self, session_id: str, *, max_events: int, max_bytes: int) -> StoredSession | None:
+        """Bring a session back, with its newest events up to those bounds. None if it is not known."""
+
+    @abstractmethod
+    async def append(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
+        """Write a batch and raise the reservation, atomically.
+
+        A write that was handed over is not undone by cancelling the caller; the caller then does not know whether it
+        happened, and must drop its session.
+        """
+
+    @abstractmethod
+    async def delete(self, session_id: str) -> None:
+        """Forget a session with all it has."""
+
+    @abstractmethod
+    async def unfinished(self) -> list[str]:
+        """Ids of the sessions with an open turn or waiting inputs, oldest activity first."""
