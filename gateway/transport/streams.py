@@ -1,0 +1,131 @@
+"""Byte streams a WebSocket can run on: what a trio stream offers, and one non-blocking write.
+
+The non-blocking write is what makes the flusher possible: one task writes to thousands of connections, and only those
+that the kernel refuses get a task of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from abc import abstractmethod
+
+import trio
+
+
+class ByteStream(trio.abc.HalfCloseableStream):
+    """A trio stream that can also be written to without waiting. One writer at a time."""
+
+    @property
+    @abstractmethod
+    def peer(self) -> str:
+        """The peer's address without its port, as text: what admission counts by."""
+
+    @abstractmethod
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        """Hand over what can be taken at once; return how many bytes that was, 0 if none.
+
+        Raises:
+            trio.BrokenResourceError: the line is gone.
+            trio.ClosedResourceError: this side closed the stream.
+        """
+
+    @abstractmethod
+    async def send_some(self, data: bytes | memoryview) -> int:
+        """Wait until something can be taken, and return how many bytes were.
+
+        Cancelling is safe: either bytes were taken and their number is returned, or none were. Errors as `send_nowait`.
+        """
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send everything. A cancelled call has sent an unknown part of it."""
+        await trio.lowlevel.checkpoint()
+        rest = memoryview(bytes(data))
+        while rest:
+            rest = rest[await self.send_some(rest) :]
+
+
+class SocketByteStream(ByteStream):
+    """A connected TCP socket (POSIX: it reads and writes the file descriptor itself, which saves a failed attempt
+    per idle read and the trio socket's own bookkeeping per write).
+
+    Args:
+        sock: connected; this stream owns it from now on.
+        send_buffer: the kernel's send buffer in bytes; what is in there cannot be merged or superseded any more.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType, *, send_buffer: int | None = None) -> None:
+        self._sock = sock
+        self._peer = _address(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if send_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    def _fileno(self) -> int:
+        # Asked for anew before each raw call: after a close the number may be someone else's socket.
+        fd = self._sock.fileno()
+        if fd < 0:
+            raise trio.ClosedResourceError("this side closed the stream")
+        return fd
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        try:
+            return os.write(self._fileno(), data)
+        except BlockingIOError:
+            return 0
+        except OSError as exc:
+            raise trio.BrokenResourceError(str(exc)) from exc
+
+    async def send_some(self, data: bytes | memoryview) -> int:
+        while True:
+            await self.wait_send_all_might_not_block()
+            sent = self.send_nowait(data)
+            if sent:
+                return sent
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until the kernel takes more. Cancelling is safe."""
+        try:
+            await trio.lowlevel.wait_writable(self._fileno())
+        except OSError as exc:
+            raise trio.BrokenResourceError(str(exc)) from exc
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Wait for bytes and return at most `max_bytes` of them; ``b""`` is the peer's end. Cancelling loses nothing.
+
+        Waits for readability before it reads: on a socket that is mostly idle the first read would nearly always
+        fail, and cost as much as one that succeeds.
+        """
+        while True:
+            try:
+                await trio.lowlevel.wait_readable(self._fileno())
+                return os.read(self._fileno(), max_bytes or 65_536)
+            except BlockingIOError:
+                continue
+            except OSError as exc:
+                raise trio.BrokenResourceError(str(exc)) from exc
+
+    async def send_eof(self) -> None:
+        """Say that nothing more will be sent."""
+        await trio.lowlevel.checkpoint()
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as exc:
+            raise trio.BrokenResourceError(str(exc)) from exc
+
+    async def aclose(self) -> None:
+        """Close the socket at once; whoever waits on it gets `trio.ClosedResourceError`."""
+        self._sock.close()
+        await trio.lowlevel.checkpoint()
+
+
+def _address(sock: trio.socket.SocketType) -> str:
+    try:
+        name = sock.getpeername()
+    except OSError:
+        return "?"
+    return str(name[0]) if isinstance(name, tuple) else "unix"

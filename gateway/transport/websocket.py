@@ -1,0 +1,561 @@
+"""A server's WebSocket connection: trio-websocket over a stream of ours.
+
+Theory of operation
+-------------------
+trio-websocket does the handshake, answers pings, joins fragments and runs the closing handshake. `_Wire` stands between
+it and the socket and takes the text messages, which are nearly everything, the short way:
+
+    socket ── _Wire.receive_some ──┬── whole text frames ──▶ inbox ──▶ get_many()
+                                   └── anything else ──▶ trio-websocket ──▶ (fragments come back into the inbox)
+
+    send_nowait() ──┬── the FIFO is empty ──▶ one non-blocking write
+    library's send ─┘── otherwise, or what the kernel refused ──▶ FIFO ──▶ pump (a task only while there is something)
+
+Order in: nothing behind a fragmented message is parsed until that message has come out of the library.
+Order out: one FIFO. Every entry ends at a frame boundary, and an entry partly sent is never withdrawn, so nothing can
+tear a frame, not even a cancelled library call: those only append to the FIFO.
+
+What the library would do wrong is kept from it: heads that are not ASCII, malformed frames (it would drop the line
+without a close frame; we send 1002 or 1007), pings after our close (it would raise), messages beyond the limit.
+
+Phases: HANDSHAKE → OPEN → CLOSING (our close was asked for, or the peer's was seen) → CLOSED. Ready-made frames are
+taken only while OPEN; from CLOSING on, text is discarded, or the peer's close reply would never be reached.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from enum import IntEnum
+
+import trio
+import trio_websocket
+
+from gateway.errors import ConnectionLost, TransportError
+from gateway.transport.frames import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    TEXT,
+    FrameViolation,
+    Head,
+    check_close,
+    parse_head,
+    text_frames,
+    unmask,
+)
+from gateway.transport.streams import ByteStream
+
+MAX_HEAD = 16 * 1024
+"""Bytes of an upgrade request: what common HTTP servers take (8 to 16 KiB) at its upper end."""
+
+READ_BYTES = 64 * 1024
+INBOX_MESSAGES = 1024
+"""Messages read ahead of the handler. It handles them without waiting, so this only bounds one scheduler pass."""
+
+
+class Phase(IntEnum):
+    HANDSHAKE = 0
+    OPEN = 1
+    CLOSING = 2
+    CLOSED = 3
+
+
+class HandshakeFailed(TransportError):
+    """The upgrade request was refused or never completed; the peer got an HTTP answer where one was possible."""
+
+
+class _Wire(trio.abc.HalfCloseableStream):
+    """The stream trio-websocket sees."""
+
+    def __init__(self, ws: ServerWebSocket, stream: ByteStream) -> None:
+        self._ws = ws
+        self._stream = stream
+        self._buffer = bytearray()
+        self._head_seen = False
+        self._skip = 0  # bytes still to come of a frame that nobody wants
+        self._garbage = False  # the peer broke the framing: where a frame starts is not known any more
+        self._fragments = 0  # bytes of the fragmented message so far, headers of its frames not counted
+        self._in_fragments = False
+        self._collect = False  # the last fragment was handed over: its message is in the library now
+
+    # inwards
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Bytes for the library: the request, then whatever is not a whole text frame."""
+        ws = self._ws
+        if ws.phase is Phase.HANDSHAKE and not self._head_seen:
+            self._head_seen = True
+            return await self._receive_head()
+        while ws.phase is Phase.HANDSHAKE:
+            await ws._opened.park()
+        if self._collect:
+            self._collect = False
+            await ws._collect_message()
+        while not ws._library_ended:
+            for_library = self._parse()
+            if for_library:
+                return for_library
+            await ws._wait_inbox_room()
+            try:
+                data = await self._stream.receive_some(READ_BYTES)
+            except trio.BrokenResourceError:
+                ws._lost()
+                raise
+            if not data:
+                ws._lost()
+                return b""
+            if self._skip:
+                skipped = min(self._skip, len(data))
+                self._skip -= skipped
+                data = data[skipped:]
+            self._buffer += data
+        return b""
+
+    async def _receive_head(self) -> bytes:
+        buffer = self._buffer
+        while (end := buffer.find(b"\r\n\r\n")) < 0:
+            if len(buffer) > MAX_HEAD:
+                raise HandshakeFailed(f"the request's head is longer than {MAX_HEAD} bytes")
+            data = await self._stream.receive_some(4096)
+            if not data:
+                raise HandshakeFailed("the peer closed during the upgrade request")
+            buffer += data
+        head = bytes(buffer[: end + 4])
+        if len(head) > MAX_HEAD:
+            raise HandshakeFailed(f"the request's head is longer than {MAX_HEAD} bytes")
+        if not head.isascii():
+            raise HandshakeFailed("the request's head must be ASCII")
+        if not head.startswith(b"GET "):
+            raise HandshakeFailed("expected a GET request with Upgrade: websocket")
+        del buffer[: end + 4]
+        return head
+
+    def _parse(self) -> bytes:
+        """Move whole text messages to the inbox; return the first thing the library has to see, if any."""
+        ws = self._ws
+        buffer = self._buffer
+        at = len(buffer) if self._garbage else 0
+        try:
+            while (head := parse_head(buffer, at)) is not None:
+                if not head.control and not self._wanted(head):
+                    self._skip = max(0, head.end - len(buffer))
+                    at = min(head.end, len(buffer))
+                    continue
+                if head.end > len(buffer):
+                    break
+                frame_at, at = at, head.end
+                if head.opcode == TEXT and head.final:
+                    message = unmask(buffer[head.start : head.end], buffer[head.start - 4 : head.start])
+                    if not message.isascii():
+                        message.decode()
+                    ws._put(message)
+                    continue
+                if not head.control:
+                    self._in_fragments = not head.final
+                    self._fragments = 0 if head.final else self._fragments + head.end - head.start
+                    self._collect = head.final
+                elif head.opcode == CLOSE:
+                    payload = unmask(buffer[head.start : head.end], buffer[head.start - 4 : head.start])
+                    ws._peer_closes(*check_close(payload))
+                elif ws.phase is not Phase.OPEN:
+                    continue  # the library would raise on a ping after our close
+                return bytes(buffer[frame_at:at])
+        except FrameViolation as exc:
+            self._garbage = True
+            ws.close_nowait(exc.code, exc.reason)
+        except UnicodeDecodeError:
+            self._garbage = True
+            ws.close_nowait(1007, "text must be UTF-8")
+        finally:
+            del buffer[: len(buffer) if self._garbage else at]
+        return b""
+
+    def _wanted(self, head: Head) -> bool:
+        """The rules for a data frame, checked at its header: no byte beyond the limit is waited for."""
+        ws = self._ws
+        if ws.phase is not Phase.OPEN:
+            return False
+        if self._in_fragments != (head.opcode == CONTINUATION):
+            raise FrameViolation(1002, "a continuation must follow its own message")
+        if head.opcode == BINARY:
+            ws.close_nowait(1003, "binary not supported")
+            return False
+        if self._fragments + head.end - head.start > ws.max_message_bytes:
+            ws.close_nowait(1009, "payload_too_large")
+            return False
+        return True
+
+    # outwards: called by the library, whole frames only
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        # Enters the FIFO and returns: a pong must not stop the library from reading when the peer does not read.
+        self._ws._enqueue(bytes(data))
+        await trio.lowlevel.checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def send_eof(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        # The library is through with the stream; its owner flushes and closes it (`ServerWebSocket._finish`).
+        self._ws._library_done()
+        await trio.lowlevel.checkpoint()
+
+
+class ServerWebSocket:
+    """One accepted WebSocket. Made by `open_server_websocket`.
+
+    Attributes:
+        phase: where in its life it is.
+        blocked: whether something waits in the FIFO; then the kernel takes no more for now.
+        blocked_since: when that began (trio time); meaningful while `blocked`.
+        progress_at: when the kernel last took something (trio time).
+        close_code, close_reason: what was sent or received to end the connection; 1006 if the line was lost.
+        on_unblocked: called (synchronously) whenever the FIFO has run empty.
+    """
+
+    def __init__(
+        self, stream: ByteStream, nursery: trio.Nursery, *, max_message_bytes: int, max_queued_frames: int
+    ) -> None:
+        self._stream = stream
+        self._nursery = nursery
+        self._wire = _Wire(self, stream)
+        self._library: trio_websocket.WebSocketConnection | None = None
+        self._request: trio_websocket.WebSocketRequest | None = None
+        self._fifo: deque[bytes | memoryview] = deque()
+        self._max_queued_frames = max_queued_frames
+        self._pumping = False
+        self._inbox: list[bytes] = []
+        self._arrived = trio.lowlevel.ParkingLot()
+        self._taken = trio.lowlevel.ParkingLot()
+        self._opened = trio.lowlevel.ParkingLot()
+        self._ended = trio.lowlevel.ParkingLot()
+        self._flushed = trio.lowlevel.ParkingLot()
+        self._handshake_scope = trio.CancelScope()
+        self._library_ended = False
+        self._wrote = False
+        self._by_us = False
+        self.max_message_bytes = max_message_bytes
+        self.phase = Phase.HANDSHAKE
+        self.blocked = False
+        self.blocked_since = 0.0
+        self.progress_at = 0.0
+        self.close_code: int | None = None
+        self.close_reason = ""
+        self.on_unblocked: Callable[[], None] = lambda: None
+
+    # the upgrade request
+
+    @property
+    def peer(self) -> str:
+        """The peer's address."""
+        return self._stream.peer
+
+    @property
+    def path(self) -> str:
+        """The requested path without its query."""
+        assert self._request is not None
+        return self._request.path.partition("?")[0]
+
+    @property
+    def query(self) -> str:
+        """The query of the request, without the question mark."""
+        assert self._request is not None
+        return self._request.path.partition("?")[2]
+
+    @property
+    def subprotocols(self) -> tuple[str, ...]:
+        """What the client offers in ``Sec-WebSocket-Protocol``."""
+        assert self._request is not None
+        return self._request.proposed_subprotocols
+
+    def header(self, name: bytes) -> str | None:
+        """A header of the request by its lower-case name."""
+        assert self._request is not None
+        for key, value in self._request.headers:
+            if key == name:
+                return value.decode("ascii")
+        return None
+
+    async def _handshake(self) -> None:
+        """Read the upgrade request. Raises `HandshakeFailed`."""
+        # When the library refuses a request it closes the stream but does not say so to `wrap_server_stream`, which
+        # would wait for ever: `_library_done` cancels this scope.
+        with self._handshake_scope:
+            self._request = await trio_websocket.wrap_server_stream(
+                self._nursery,
+                self._wire,
+                message_queue_size=1,
+                max_message_size=2**63,  # bytes are counted here, from the header
+                receive_buffer_size=None,
+            )
+        if self._request is None:
+            raise HandshakeFailed("expected a WebSocket upgrade request (RFC 6455 section 4.2.1)")
+
+    async def accept(self, subprotocol: str | None = None) -> None:
+        """Answer 101 and open the connection. `subprotocol` must be one that was offered."""
+        assert self._request is not None
+        # The phase changes first: the library's reader may ask for bytes while the answer is being sent.
+        self.phase = Phase.OPEN
+        self._opened.unpark_all()
+        self._library = await self._request.accept(subprotocol=subprotocol)
+
+    async def reject(self, status: int, body: bytes) -> None:
+        """Answer with an HTTP error instead; the block of `open_server_websocket` should then be left."""
+        assert self._request is not None
+        headers = [(b"Content-Type", b"text/plain; charset=utf-8"), (b"Connection", b"close")]
+        self.phase = Phase.CLOSING
+        await self._request.reject(status, extra_headers=headers, body=body)
+        self._library_done()
+
+    # reading
+
+    async def get_many(self) -> list[bytes]:
+        """Wait for text messages and take all there are, in order. Cancelling is safe.
+
+        Raises:
+            ConnectionLost: the peer closed, the line is gone, or `close_nowait` was called. Messages that came before
+                the peer's close are returned first.
+        """
+        while not self._inbox:
+            if self.phase is not Phase.OPEN:
+                raise ConnectionLost(self.close_code or 1006, self.close_reason)
+            await self._arrived.park()
+        if self._by_us:
+            raise ConnectionLost(self.close_code or 1006, self.close_reason)
+        batch, self._inbox = self._inbox, []
+        self._taken.unpark_all()
+        return batch
+
+    def _put(self, message: bytes) -> None:
+        self._inbox.append(message)
+        self._arrived.unpark_all()
+
+    async def _wait_inbox_room(self) -> None:
+        while len(self._inbox) >= INBOX_MESSAGES and self.phase is Phase.OPEN:
+            await self._taken.park()
+
+    async def _collect_message(self) -> None:
+        """Take the message that the library has put together of fragments."""
+        if self.phase is not Phase.OPEN:
+            return
+        assert self._library is not None
+        try:
+            message = await self._library.get_message()
+        except trio_websocket.ConnectionClosed:
+            # Fragments that are not UTF-8: the library has failed the connection on its own.
+            self.close_nowait(1007, "text must be UTF-8")
+            return
+        self._put(message.encode() if isinstance(message, str) else message)
+
+    # writing
+
+    def send_nowait(self, payloads: Iterable[bytes]) -> bool:
+        """Send text messages, one frame each, without waiting. False if the connection is no longer open.
+
+        Call it only while not `blocked`, so that what the kernel refuses stays one write; what is left waits in the
+        FIFO and `on_unblocked` tells when it is through.
+        """
+        if self.phase is not Phase.OPEN:
+            return False
+        self._enqueue(text_frames(payloads))
+        return True
+
+    def send_frames_nowait(self, frames: bytes) -> bool:
+        """As `send_nowait`, with what `frames.text_frames` made: a fan-out encodes once for all its connections."""
+        if self.phase is not Phase.OPEN:
+            return False
+        self._enqueue(frames)
+        return True
+
+    def _enqueue(self, data: bytes) -> None:
+        """Write now if nothing waits, else queue. Entries are whole frames."""
+        if self.phase is Phase.CLOSED:
+            return
+        if not self._fifo:
+            try:
+                sent = self._stream.send_nowait(data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                self._lost()
+                return
+            if sent:
+                self._wrote = True
+            if sent == len(data):
+                return
+            self.blocked = True
+            self.blocked_since = self.progress_at = trio.current_time()
+            self._fifo.append(memoryview(data)[sent:])
+            if not self._pumping:
+                self._pumping = True
+                # Owned by the connection's nursery; ends when the FIFO is empty or the line is lost.
+                self._nursery.start_soon(self._pump)
+            return
+        self._fifo.append(data)
+        if len(self._fifo) > self._max_queued_frames and self.phase is Phase.OPEN:
+            self.close_nowait(1013, "overloaded")
+
+    async def _pump(self) -> None:
+        fifo = self._fifo
+        try:
+            while fifo:
+                entry = fifo[0]
+                sent = await self._stream.send_some(entry)
+                self.progress_at = trio.current_time()
+                if sent == len(entry):
+                    fifo.popleft()
+                    self.blocked_since = self.progress_at
+                else:
+                    fifo[0] = memoryview(entry)[sent:]
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._lost()
+        finally:
+            self._pumping = False
+        self.blocked = False
+        self._flushed.unpark_all()
+        self.on_unblocked()
+
+    # ending
+
+    def close_nowait(self, code: int, reason: str) -> None:
+        """Ask for the end of the connection. Nothing more is taken or delivered; leaving the block sends the close."""
+        if self.phase in (Phase.HANDSHAKE, Phase.OPEN):
+            self.phase = Phase.CLOSING
+            self._by_us = True
+            self.close_code, self.close_reason = code, reason
+            self._inbox.clear()
+            self._wake()
+
+    def _peer_closes(self, code: int, reason: str) -> None:
+        if self.phase is Phase.OPEN:
+            self.phase = Phase.CLOSING
+            self.close_code, self.close_reason = code, reason
+            self._wake()
+
+    def _lost(self) -> None:
+        """The line is gone."""
+        if self.phase is not Phase.CLOSED:
+            self.phase = Phase.CLOSED
+            if self.close_code is None:
+                self.close_code = 1006
+            self._fifo.clear()
+            self._library_ended = True
+            self._wake()
+
+    def _library_done(self) -> None:
+        """The library has closed "its" stream: refused the request, finished the close, or given up on the peer."""
+        self._library_ended = True
+        if self.phase is Phase.HANDSHAKE:
+            self._handshake_scope.cancel()
+        elif self.phase is Phase.OPEN:
+            # Fragments that are not UTF-8: it gave up without a close frame, which `_finish` will send.
+            self.close_nowait(1007, "text must be UTF-8")
+        self._wake()
+
+    def _wake(self) -> None:
+        self._arrived.unpark_all()
+        self._taken.unpark_all()
+        self._opened.unpark_all()
+        self._ended.unpark_all()
+
+    async def _finish(self, timeout: float) -> None:
+        """Send our close if it is our turn, wait for the peer's, and see the bytes out; at most `timeout` seconds."""
+        with trio.move_on_after(timeout):
+            if self.phase is Phase.OPEN:
+                self.close_nowait(1000, "")
+            if self._library is not None and self.phase is not Phase.CLOSED:
+                if self._by_us and not self._library_ended:
+                    await self._library.aclose(self.close_code or 1000, _short(self.close_reason))
+                elif self._by_us:
+                    self._enqueue(_close_frame(self.close_code or 1000, self.close_reason))
+                while not self._library_ended:
+                    await self._ended.park()
+            while self._pumping:
+                await self._flushed.park()
+            if self.phase is not Phase.CLOSED:
+                # Closing with unread bytes would turn into a reset and take our close frame along.
+                try:
+                    await self._stream.send_eof()
+                    while await self._stream.receive_some(READ_BYTES):
+                        pass
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    pass
+
+
+def _short(reason: str) -> str:
+    """A close reason has at most 123 bytes (RFC 6455 section 5.5)."""
+    return reason.encode()[:123].decode(errors="ignore")
+
+
+def _close_frame(code: int, reason: str) -> bytes:
+    payload = code.to_bytes(2, "big") + _short(reason).encode()
+    return bytes((0x88, len(payload))) + payload
+
+
+_BAD_REQUEST = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n"
+    b"Content-Length: %d\r\n\r\n%b"
+)
+
+
+@asynccontextmanager
+async def open_server_websocket(
+    stream: ByteStream,
+    *,
+    max_message_bytes: int,
+    max_queued_frames: int = 256,
+    handshake_timeout: float = 10.0,
+    close_timeout: float = 3.0,
+) -> AsyncIterator[ServerWebSocket]:
+    """Run a WebSocket on `stream`, which this owns. Inside the block, `accept` or `reject` comes first.
+
+    Leaving the block closes: the close frame that `close_nowait` asked for (1000 if none did), the peer's reply awaited
+    for `close_timeout` seconds, then the stream is closed whatever its state. When the block is left by cancellation
+    the stream is closed at once.
+
+    Raises:
+        HandshakeFailed: no usable upgrade request came within `handshake_timeout` seconds.
+    """
+    ws: ServerWebSocket | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            ws = ServerWebSocket(
+                stream, nursery, max_message_bytes=max_message_bytes, max_queued_frames=max_queued_frames
+            )
+            with trio.move_on_after(handshake_timeout):
+                await ws._handshake()
+            if ws._request is None:
+                raise HandshakeFailed("no upgrade request within the time limit")
+            yield ws
+            await ws._finish(close_timeout)
+            nursery.cancel_scope.cancel()
+    except ExceptionGroup as group:
+        # Before the request is there, whatever went wrong is the request's fault: the library raises on some heads.
+        if ws is None or ws._request is not None:
+            raise
+        why = next((str(exc) for exc in _leaves(group) if isinstance(exc, HandshakeFailed)), "malformed request")
+        if not ws._wrote:
+            _answer_bad_request(stream, why)
+        raise HandshakeFailed(why) from None
+    finally:
+        await stream.aclose()
+
+
+def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
+    for exc in group.exceptions:
+        if isinstance(exc, ExceptionGroup):
+            yield from _leaves(exc)
+        else:
+            yield exc
+
+
+def _answer_bad_request(stream: ByteStream, why: str) -> None:
+    """Say it in HTTP, as far as one non-blocking write goes."""
+    body = f"{why}\n".encode()
+    try:
+        stream.send_nowait(_BAD_REQUEST % (len(body), body))
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass
