@@ -106,7 +106,7 @@ class Server:
     host: str = "127.0.0.1"
     port: int = field(default=8765, validator=_within(0, 65_535))
     http_port: int = field(default=8766, validator=_within(0, 65_535))
-    path: str = "/ws"
+    path: str = field(default="/ws")
     node: str = "n1"
     drain_timeout_ms: int = _limit(
         30_000, 0, HOUR_MS, "what common supervisors wait before they kill; running turns may finish in it"
