@@ -12,7 +12,9 @@
     │   └── HandshakeRefused       the opening `hello` is refused; answered with `hello_error`
     ├── StoreError
     │   ├── StoreUnavailable       cannot write now; the same write may succeed later
-    │   └── StoreUnusable          this store cannot be opened; the message says what to do
+    │   ├── StoreRefused           this write contradicts what is stored; it will never succeed
+    │   ├── StoreFenced            another process has become the writer; this one must stop writing
+    │   └── StoreUnusable          this store cannot be opened or is damaged; the message says what to do
     ├── TransportError
     │   ├── ConnectionLost         the line is gone; a client reconnects and resumes
     │   └── BindError              the address cannot be listened on
@@ -125,8 +127,20 @@ class StoreUnavailable(StoreError):
     """The store cannot write now (disk full, locked). Nothing of the batch was stored; it may be tried again."""
 
 
+class StoreRefused(StoreError):
+    """The write contradicts what is stored; nothing of it was stored and trying again will not help.
+
+    The session is unknown or exists already, a number was given before, or the value has no stored form. Whoever
+    holds that session in memory must drop it and load it again.
+    """
+
+
+class StoreFenced(StoreError):
+    """Another process has become the writer of this store; nothing of the batch was stored, and nothing will be."""
+
+
 class StoreUnusable(StoreError):
-    """The store cannot be opened at all. The message says what to do."""
+    """The store cannot be opened, or is damaged. The message says what to do."""
 
 
 class TransportError(GatewayError):

@@ -10,17 +10,24 @@ idempotency keys, and ``reserved``, the highest number that may have been shown 
 Numbers are reserved ahead in blocks and in the same transaction as the events, so that a number a client saw is never
 given again, even after ``kill -9``: a session that comes back continues above ``reserved`` (DESIGN property 14).
 
+Retention has two halves. While it appends, a store keeps each session within ``max_events`` and ``max_bytes``, but
+never less than a `gateway.protocol.log.Log` with the same bounds keeps, so a session's floor in the store is never above
+its floor in memory. `Store.purge`, called by the gateway now and then, removes what nobody needs any more: whole
+sessions, and idempotency keys out of the window. Neither removes what recovery needs: waiting inputs, the open turn, the
+state.
+
 `gateway.store` holds the implementations; one contract suite (``tests/store``) runs on each.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from attrs import field, frozen
 
+from gateway.config import HOUR_MS, MIB
 from gateway.protocol.keys import Key
 from gateway.protocol.messages import Event, Input, TurnStarted
 
@@ -82,10 +89,36 @@ class StoredSession:
     """Idempotency keys in order of their ``at``."""
 
 
+@frozen(kw_only=True)
+class Retention:
+    """How long sessions are kept. A session in use, with waiting inputs or with an open turn is never removed."""
+
+    resume_window_ms: int = 24 * HOUR_MS
+    """Idempotency keys are kept for at least so long, and so is the session they belong to."""
+    max_age_ms: int = 24 * HOUR_MS
+    """A session without activity for so long is removed (but see `resume_window_ms`)."""
+    max_sessions: int = 1_000_000
+    """Sessions in all. Beyond it the longest idle go, unless their resume window is still open."""
+    max_total_bytes: int = 10 * 1024 * MIB
+    """Bytes of events in all; the same."""
+
+
+@frozen(kw_only=True)
+class Purged:
+    """What a purge removed, and what it had to leave. `sessions` and `keys` are counts, `size` is in bytes."""
+
+    sessions: int = 0
+    keys: int = 0
+    size: int = 0
+    sessions_left: int = 0
+    size_left: int = 0
+
+
 class Store(ABC):
     """Keeps sessions. Used as ``async with store:``; every method may be called by many tasks at once.
 
-    Every method may raise `StoreUnavailable` (nothing was written; the same call may succeed later).
+    Every method may raise `StoreUnavailable` (nothing was written; the same call may succeed later), `StoreFenced`
+    (another process is the writer now) and `StoreUnusable` (the store turns out to be damaged).
     """
 
     durable: bool
@@ -101,24 +134,50 @@ class Store(ABC):
 
     @abstractmethod
     async def create(self, record: SessionRecord, reserved: int) -> None:
-        """Add a session that does not exist yet, with its first block of numbers."""
+        """Add a session that does not exist yet, with its first block of numbers.
+
+        Raises:
+            StoreRefused: it exists.
+        """
 
     @abstractmethod
     async def load(self, session_id: str, *, max_events: int, max_bytes: int) -> StoredSession | None:
-        """Bring a session back, with its newest events up to those bounds. None if it is not known."""
+        """Bring a session back, with its newest events up to those bounds. None if it is not known.
+
+        The newest event is always among them, however large. Writes of this session that were handed over before
+        (also by a caller that was cancelled) are waited for, so what is loaded is the whole truth. The `first` of
+        the events means nothing.
+        """
 
     @abstractmethod
     async def append(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
-        """Write a batch and raise the reservation, atomically.
+        """Write a batch and raise the reservation, atomically. An empty batch only raises the reservation.
+
+        The reservation never falls, and is never below the last number of the batch.
 
         A write that was handed over is not undone by cancelling the caller; the caller then does not know whether it
         happened, and must drop its session.
+
+        Raises:
+            StoreRefused: the session is not known, or a number is not above all that are stored.
         """
 
     @abstractmethod
     async def delete(self, session_id: str) -> None:
-        """Forget a session with all it has."""
+        """Forget a session with all it has. Nothing happens if it is not known."""
 
     @abstractmethod
     async def unfinished(self) -> list[str]:
         """Ids of the sessions with an open turn or waiting inputs, oldest activity first."""
+
+    @abstractmethod
+    async def purge(self, *, now: int, in_use: Container[str]) -> Purged:
+        """Remove what `Retention` no longer keeps.
+
+        Args:
+            now: the time, in ms.
+            in_use: ids that must stay. Asked again, without a pause in between, right before a session is removed; so
+                it may be the live registry, if that names a session from before its `load` on.
+
+        Cancelling is safe: what was removed until then stays removed.
+        """

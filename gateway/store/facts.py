@@ -1,0 +1,81 @@
+"""The fold that every store shares: what an event does to the inputs that are not done with and to the open turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from attrs import define
+
+from gateway.errors import StoreRefused
+from gateway.protocol.messages import Event, Input, TurnEnded, TurnStarted, Withdrawn
+from gateway.store.base import Stored
+
+
+@define(eq=False)
+class OpenInput:
+    """An input that no finished turn has consumed; `done` once that has changed.
+
+    `turn` is the ``seq`` of the `TurnStarted` that took it, None while it waits.
+    """
+
+    request_id: str
+    turn: int | None = None
+    done: bool = False
+
+
+def fold(event: Event, inputs: Mapping[int, OpenInput], turn: int | None) -> int | None:
+    """Apply a stored event to the open inputs (``seq`` → input, in order) and the open turn; returns the open turn.
+
+    An `Input` itself must be in `inputs` already. Inputs that are done stay in the mapping until the caller has dealt
+    with the whole batch: a batch that ends a lost turn and starts the next attempt hands them on.
+    """
+    if type(event) is TurnStarted:
+        for request_id in event.request_ids:
+            _pick(inputs, request_id, event.seq)
+        return event.seq
+    if type(event) is TurnEnded:
+        for item in inputs.values():
+            if item.turn is not None:
+                item.done = True
+        return None
+    if type(event) is Withdrawn:
+        for item in inputs.values():
+            if item.request_id == event.request_id and item.turn is None and not item.done:
+                item.done = True
+                break
+    return turn
+
+
+def _pick(inputs: Mapping[int, OpenInput], request_id: str, turn: int) -> None:
+    """Give the oldest waiting input with that id to `turn`; failing that, one of an earlier attempt."""
+    again = None
+    for item in inputs.values():
+        if item.request_id == request_id:
+            if item.turn is None and not item.done:
+                item.turn = turn
+                return
+            if item.turn is not None:
+                again = item
+    if again is not None:
+        again.turn, again.done = turn, False
+
+
+def touches_inputs(batch: Sequence[Stored]) -> bool:
+    """Whether `fold` needs to know the open inputs for this batch."""
+    return any(type(item.event) in _TOUCHING for item in batch)
+
+
+_TOUCHING = (TurnStarted, TurnEnded, Withdrawn)
+
+
+def check(session_id: str, head: int, batch: Sequence[Stored]) -> None:
+    """Raise `StoreRefused` unless the batch continues a session whose newest stored number is `head`."""
+    for item in batch:
+        event = item.event
+        if event.volatile:
+            raise StoreRefused(f"session {session_id}: a {event.type} event is volatile and is not stored")
+        if event.seq <= head:
+            raise StoreRefused(f"session {session_id}: number {event.seq} was given before, the newest is {head}")
+        if type(event) is Input and item.digest is None:
+            raise StoreRefused(f"session {session_id}: input {event.seq} comes without its digest")
+        head = event.seq
