@@ -32,9 +32,7 @@ def _within(low: int, high: int) -> Callable[[Any, attrs.Attribute[Any], Any], N
 
 def _limit(default: int, low: int, high: int, why: str) -> int:
     """A limit with its range; `why` is shown by `check-config` and in the reference."""
-    return field(  # type: ignore[no-any-return]
-        default=default, validator=_within(low, high), metadata={"low": low, "high": high, "why": why}
-    )
+    return field(default=default, validator=_within(low, high), metadata={"low": low, "high": high, "why": why})
 
 
 @frozen(kw_only=True)

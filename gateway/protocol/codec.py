@@ -25,7 +25,10 @@ from gateway.errors import FrameError
 from gateway.protocol import messages as m
 
 MAX_DEPTH = 64
-"""Levels of nesting in a frame. orjson reads 1,024 but writes 254, and an event wraps what a client sent."""
+"""Levels of nesting in a frame of the gateway. orjson reads 1,024 but writes 254."""
+
+MAX_GIVEN_DEPTH = MAX_DEPTH - 8
+"""The same in what a client sends or an agent writes: events, snapshots and dialects wrap it a few levels deeper."""
 
 MAX_REQUEST_ID = 128
 _SESSION_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
@@ -77,6 +80,10 @@ def _structure_session_id(value: Any, _: Any) -> Any:
     return value
 
 
+def _origin(kind: Any) -> Any:
+    return get_origin(kind)
+
+
 def _make_converter() -> cattrs.Converter:
     converter = make_converter(detailed_validation=True)
     for kind in (str, int, bool):
@@ -96,10 +103,10 @@ def _make_converter() -> cattrs.Converter:
 
         return structure
 
-    converter.register_structure_hook_factory(lambda kind: get_origin(kind) is Literal, literal)
+    converter.register_structure_hook_factory(lambda kind: _origin(kind) is Literal, literal)
 
     def container(kind: Any) -> Callable[[Any, Any], Any]:
-        origin = get_origin(kind)
+        origin = _origin(kind)
         exactly = _exactly(origin)
         args = get_args(kind)
         inner = converter.get_structure_hook(args[-1]) if args[-1] is not Any else None
@@ -114,27 +121,38 @@ def _make_converter() -> cattrs.Converter:
 
         return structure
 
-    converter.register_structure_hook_factory(lambda kind: get_origin(kind) in (list, dict), container)
+    converter.register_structure_hook_factory(lambda kind: _origin(kind) in (list, dict), container)
+
+    exactly_dict = _exactly(dict)
+
+    def class_of(kind: Any) -> Callable[[Any, Any], Any]:
+        # cattrs itself would take any sequence for a class whose fields all have defaults.
+        renamed: Any = {"from_": override(rename="from")} if kind is m.Signal else {}
+        inner: Callable[[Any, Any], Any] = make_dict_structure_fn(
+            kind, converter, _cattrs_detailed_validation=True, **renamed
+        )
+
+        def structure(value: Any, _: Any) -> Any:
+            exactly_dict(value, None)
+            return inner(value, kind)
+
+        return structure
+
+    converter.register_structure_hook_factory(attrs.has, class_of)
 
     def structure_event(value: Any, _: Any) -> Any:
         exactly_dict(value, None)
-        cls = m.EVENTS.get(value.get("type"))
+        tag = value.get("type")
+        cls = m.EVENTS.get(tag) if type(tag) is str else None
         if cls is None:
             raise _Mismatch("expected an event of a known type")
         return converter.structure(value, cls)
 
-    exactly_dict = _exactly(dict)
-    converter.register_structure_hook(
-        m.Signal,
-        make_dict_structure_fn(
-            m.Signal, converter, _cattrs_detailed_validation=True, from_=override(rename="from")
-        ),
-    )
     converter.register_structure_hook_func(lambda kind: kind == m.AnyEvent, structure_event)
 
-    # Unstructuring puts `type` first. Optional fields of `error` are left out when they say nothing.
+    # Unstructuring puts `type` first.
     def unstructure(cls: type, **overrides: Any) -> None:
-        inner = make_dict_unstructure_fn(cls, converter, **overrides)
+        inner: Callable[[Any], dict[str, Any]] = make_dict_unstructure_fn(cls, converter, **overrides)
         tag = cls.type  # type: ignore[attr-defined]
         converter.register_unstructure_hook(cls, lambda value: {"type": tag, **inner(value)})
 
@@ -143,10 +161,12 @@ def _make_converter() -> cattrs.Converter:
             unstructure(cls)
     for frame in m.SERVER_FRAMES.values():
         if frame is m.Error:
-            unstructure(frame, _cattrs_omit_if_default=True)
+            # What says nothing is left out; `retryable` is always there.
+            optional = [field.name for field in attrs.fields(m.Error) if field.default is None]
+            unstructure(frame, **{name: override(omit_if_default=True) for name in optional})
         elif frame is m.Signal:
             unstructure(frame, from_=override(rename="from"))
-        elif frame is not m.Snapshot:
+        else:
             unstructure(frame)
     return converter
 
@@ -187,23 +207,25 @@ def _check_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_int(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+    # The range that orjson reads and writes. Any digits more than 20 are too many, and int() may refuse thousands.
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
         _refuse("invalid_json", "an integer does not fit into 64 bits; send it as a string")
     return int(text)
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes, max_depth: int = MAX_DEPTH) -> Any:
     """Parse one JSON text strictly.
 
     Raises:
-        FrameError: ``invalid_json``: not JSON, not UTF-8, a repeated `type`, an integer beyond 64 bits, nested too deep.
+        FrameError: ``invalid_json``: not JSON, not UTF-8, a repeated `type`, an integer beyond 64 bits, or nested
+            deeper than `max_depth`.
     """
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as exc:
         _refuse("invalid_json", f"expected one JSON text in UTF-8: {exc}")
-    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-        _refuse("invalid_json", f"expected at most {MAX_DEPTH} levels of nesting")
+    if raw.count(b"{") + raw.count(b"[") > max_depth and _depth(value) > max_depth:
+        _refuse("invalid_json", f"expected at most {max_depth} levels of nesting")
     if raw.count(b'"type"') > 1 or b"\\u" in raw or _LONG_NUMBER.search(raw):
         json.loads(raw, object_pairs_hook=_check_pairs, parse_int=_check_int)
     return value
@@ -235,9 +257,8 @@ def _locate(exc: BaseException) -> tuple[str, str]:
     path: list[str] = []
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]
-        for note in getattr(exc, "__notes__", ()):
-            if isinstance(note, cattrs.AttributeValidationNote):
-                path.append(note.name.rstrip("_"))
+        notes = getattr(exc, "__notes__", ())
+        path += [note.name.rstrip("_") for note in notes if isinstance(note, cattrs.AttributeValidationNote)]
     if isinstance(exc, KeyError):
         name = str(exc.args[0])
         return ".".join([*path[:-1], name] if path and path[-1] == name else [*path, name]), "is required"
@@ -274,7 +295,7 @@ def decode_client(raw: bytes) -> list[m.ClientFrame | FrameError]:
     A JSON array is a batch; one bad member does not spoil the others.
     """
     try:
-        value = parse_json(raw)
+        value = parse_json(raw, MAX_GIVEN_DEPTH)
     except FrameError as exc:
         return [exc]
     result: list[m.ClientFrame | FrameError] = []
@@ -342,8 +363,9 @@ def check_json(value: Any) -> bytes:
         ValueError: as `dump_json`, or the value is nested deeper than a peer would accept.
     """
     encoded = dump_json(value)
-    if encoded.count(b"{") + encoded.count(b"[") > MAX_DEPTH - 8 and _depth(value) > MAX_DEPTH - 8:
-        raise ValueError(f"nested deeper than {MAX_DEPTH - 8} levels")
+    # Measured on what was written: orjson also writes tuples and dataclasses, which `_depth` does not look into.
+    if encoded.count(b"{") + encoded.count(b"[") > MAX_GIVEN_DEPTH and _depth(orjson.loads(encoded)) > MAX_GIVEN_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_GIVEN_DEPTH} levels")
     return encoded
 
 
@@ -352,7 +374,7 @@ def encode_frame(message: m.ServerFrame | m.ClientFrame) -> bytes:
     return orjson.dumps(to_builtins(message))
 
 
-_DELTA = b'{"type":"delta","seq":%d,"first":%d,"at":%d,"turn_id":"%b","channel":%b,"text":%b}'
+_DELTA = b'{"type":"delta","seq":%d,"first":%d,"at":%d,"turn_id":%b,"channel":%b,"text":%b}'
 
 
 def encode_event(event: m.Event, first: int) -> bytes:
@@ -365,7 +387,7 @@ def encode_event(event: m.Event, first: int) -> bytes:
             event.seq,
             first,
             event.at,
-            event.turn_id.encode(),
+            orjson.dumps(event.turn_id),
             orjson.dumps(event.channel),
             orjson.dumps(event.text),
         )

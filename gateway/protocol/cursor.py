@@ -32,7 +32,13 @@ class CursorTracker:
         return "new"
 
     def welcome(self, hello: HelloOk) -> None:
-        """Adopt where the gateway continues the stream."""
+        """Adopt where the gateway continues the stream.
+
+        When a snapshot is to follow, the old position stays until it is here: a client whose connection breaks in
+        between must not claim to have what it never got.
+        """
+        if hello.resync_required:
+            return
         self.cursor = hello.cursor
         self.epoch = hello.epoch
 

@@ -22,9 +22,10 @@ class Key:
 
 def digest_of(content: str, metadata: Mapping[str, Any]) -> bytes:
     """16 bytes that tell two inputs apart; the order of metadata's keys does not count."""
-    state = blake2b(content.encode(), digest_size=16)
+    text = content.encode()
+    # The length comes first, or content that ends like metadata would pass for it.
+    state = blake2b(b"%d:%b" % (len(text), text), digest_size=16)
     if metadata:
-        state.update(b"\0")
         state.update(dump_json(_sorted(metadata)))
     return state.digest()
 
@@ -59,6 +60,7 @@ class Keys:
 
     def add(self, request_id: str, key: Key) -> None:
         """Remember an accepted input."""
+        self._keys.pop(request_id, None)  # a dict keeps the place of a key that is set again
         self._keys[request_id] = key
 
     def expire(self, now: int) -> None:

@@ -42,13 +42,20 @@ MERGED_BYTES = 64 * 1024
 _by_seq = attrgetter("seq")
 
 
+def _text_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
 class CursorExpired(GatewayError):
     """The cursor is below `Log.floor`: no gapless continuation exists; take a snapshot."""
 
 
 @define(eq=False)
 class Entry:
-    """One retained event. `payload` is its JSON with `first` as given in `first`, encoded when first served."""
+    """One retained event. `payload` is its JSON with `first` as given in `first`; a delta's is made when first served.
+
+    `size` is in bytes: of the text of a delta, which is what it adds to a merged one, and of the JSON of anything else.
+    """
 
     event: Event
     seq: int
@@ -126,35 +133,39 @@ class Log:
         """
         if event.seq <= self.head:
             raise AssertionError(f"number {event.seq} was given before: the head is {self.head}")
-        if event.volatile:
-            self._append_volatile(event)
+        # Measured and encoded before anything changes: an event that has no JSON form must leave the log as it was.
+        if type(event) is Delta:
+            self._append_volatile(Entry(event, event.seq, _text_bytes(event.text)), event, ("channel", event.channel))
         else:
-            if type(event) is Output:
-                self._supersede(event.turn_id, ("channel", event.channel))
-            elif type(event) is TurnEnded:
-                self._supersede_turn(event.turn_id)
             if payload is None:
                 payload = codec.encode_event(event, event.seq)
-            self._entries.append(Entry(event, event.seq, len(payload), event.seq, payload))
-            self._events += 1
-            self._bytes += len(payload)
-            if self._events > self._max_events or self._bytes > self._max_bytes:
-                self._evict()
+            entry = Entry(event, event.seq, len(payload), event.seq, payload)
+            if type(event) is Progress:
+                self._supersede(event.turn_id, ("progress", event.key))
+                self._append_volatile(entry, event, ("progress", event.key))
+            else:
+                self._append_kept(entry)
         self.head = event.seq
         self.version += 1
 
-    def _append_volatile(self, event: Event) -> None:
-        if type(event) is Delta:
-            slot, size = ("channel", event.channel), len(event.text)
-        else:
-            assert type(event) is Progress
-            slot, size = ("progress", event.key), 256
-            self._supersede(event.turn_id, slot)
+    def _append_volatile(self, entry: Entry, event: Delta | Progress, slot: tuple[str, str]) -> None:
         turn = self._open.get(event.turn_id)
         if turn is None:
             turn = self._open[event.turn_id] = {}
         turn.setdefault(slot, event.seq)
-        self._entries.append(Entry(event, event.seq, size))
+        self._entries.append(entry)
+
+    def _append_kept(self, entry: Entry) -> None:
+        event = entry.event
+        if type(event) is Output:
+            self._supersede(event.turn_id, ("channel", event.channel))
+        elif type(event) is TurnEnded:
+            self._supersede_turn(event.turn_id)
+        self._entries.append(entry)
+        self._events += 1
+        self._bytes += entry.size
+        if self._events > self._max_events or self._bytes > self._max_bytes:
+            self._evict()
 
     def _supersede(self, turn_id: str, slot: tuple[str, str]) -> None:
         """Remove the volatile entries of one channel or progress key."""

@@ -7,8 +7,8 @@ Three families, told apart by who speaks and whether it is numbered:
 - `ServerFrame`: what the gateway sends without a number.
 
 The class attribute `type` is the wire's ``type``. `EVENTS`, `CLIENT_FRAMES` and `SERVER_FRAMES` map it to the class.
-To add an event: write its class here, add it to the union, and say in `SUPERSEDED_BY_LATER` terms (`log`) whether it
-is volatile; codec, log, reference page and strategies follow from the class.
+To add an event: write its class here and add it to `AnyEvent` and `EVENTS`; a `volatile` one needs a rule in `log` that
+removes it. Codec, reference page and test strategies follow from the class.
 """
 
 from __future__ import annotations

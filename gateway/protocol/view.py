@@ -101,13 +101,15 @@ class SessionView:
         self.queue = {item.request_id: item.seq for item in snapshot.queue}
         self.asks = {ask.ask_id: ask for ask in snapshot.asks}
         running = snapshot.turn
-        self.turn = running and TurnView(
-            running.turn_id,
-            list(running.request_ids),
-            running.started_at,
-            tails={channel: [text] for channel, text in running.channels.items()},
-            progress=dict(running.progress),
-        )
+        self.turn = None
+        if running is not None:
+            self.turn = TurnView(
+                running.turn_id,
+                list(running.request_ids),
+                running.started_at,
+                tails={channel: [text] for channel, text in running.channels.items()},
+                progress=dict(running.progress),
+            )
 
 
 def encode_snapshot(
@@ -120,13 +122,15 @@ def encode_snapshot(
     """
     assert view.cursor == log.head or view.cursor == 0, "state and position of a snapshot must agree"
     turn = view.turn
-    running = turn and RunningTurn(
-        turn_id=turn.turn_id,
-        request_ids=list(turn.request_ids),
-        channels=turn.channels(),
-        progress=turn.progress,
-        started_at=turn.started_at,
-    )
+    running = None
+    if turn is not None:
+        running = RunningTurn(
+            turn_id=turn.turn_id,
+            request_ids=list(turn.request_ids),
+            channels=turn.channels(),
+            progress=turn.progress,
+            started_at=turn.started_at,
+        )
     asks = [codec.encode_event(ask, ask.first or ask.seq) for ask in view.asks.values()]
 
     def encode(transcript: list[bytes], truncated: bool) -> bytes:
