@@ -1,0 +1,10 @@
+"""The engine: `Session` (busy modes, abort, asks, the turn loop), `Turn` (what an agent sees), `Publisher` (numbers,
+storage, visibility), `Registry` (which sessions are in memory), `Sources` (time, ids, chance)."""
+
+from gateway.session.publisher import Publisher
+from gateway.session.registry import Registered, Registry
+from gateway.session.session import Agent, Reader, Session
+from gateway.session.sources import Sources
+from gateway.session.turn import Turn
+
+__all__ = ["Agent", "Publisher", "Reader", "Registered", "Registry", "Session", "Sources", "Turn"]

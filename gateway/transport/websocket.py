@@ -24,9 +24,10 @@ taken only while OPEN; from CLOSING on, text is discarded, or the peer's close r
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from enum import IntEnum
 
 import trio
@@ -49,6 +50,8 @@ from gateway.transport.streams import ByteStream
 
 MAX_HEAD = 16 * 1024
 """Bytes of an upgrade request: what common HTTP servers take (8 to 16 KiB) at its upper end."""
+
+_HOST = re.compile(rb"\r\nhost:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
 
 READ_BYTES = 64 * 1024
 INBOX_MESSAGES = 1024
@@ -74,6 +77,7 @@ class _Wire(trio.abc.HalfCloseableStream):
         self._stream = stream
         self._buffer = bytearray()
         self._head_seen = False
+        self.host: str | None = None  # the library keeps this header to itself
         self._skip = 0  # bytes still to come of a frame that nobody wants
         self._garbage = False  # the peer broke the framing: where a frame starts is not known any more
         self._fragments = 0  # bytes of the fragmented message so far, headers of its frames not counted
@@ -130,6 +134,8 @@ class _Wire(trio.abc.HalfCloseableStream):
         if not head.startswith(b"GET "):
             raise HandshakeFailed("expected a GET request with Upgrade: websocket")
         del buffer[: end + 4]
+        found = _HOST.search(head)
+        self.host = found[1].decode("ascii") if found else None
         return head
 
     def _parse(self) -> bytes:
@@ -272,6 +278,11 @@ class ServerWebSocket:
         """What the client offers in ``Sec-WebSocket-Protocol``."""
         assert self._request is not None
         return self._request.proposed_subprotocols
+
+    @property
+    def host(self) -> str | None:
+        """The ``Host`` header."""
+        return self._wire.host
 
     def header(self, name: bytes) -> str | None:
         """A header of the request by its lower-case name."""
@@ -477,12 +488,10 @@ class ServerWebSocket:
                 await self._flushed.park()
             if self.phase is not Phase.CLOSED:
                 # Closing with unread bytes would turn into a reset and take our close frame along.
-                try:
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await self._stream.send_eof()
                     while await self._stream.receive_some(READ_BYTES):
                         pass
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    pass
 
 
 def _short(reason: str) -> str:
@@ -555,7 +564,5 @@ def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
 def _answer_bad_request(stream: ByteStream, why: str) -> None:
     """Say it in HTTP, as far as one non-blocking write goes."""
     body = f"{why}\n".encode()
-    try:
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         stream.send_nowait(_BAD_REQUEST % (len(body), body))
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        pass

@@ -1,0 +1,326 @@
+"""The gateway: everything put together, its watch, and its drain.
+
+Drain, in this order (PROTOCOL section 8): admission closes; every connection gets `goaway`; running turns may finish
+until the time is up, then end as ``interrupted``; unsent replies go out; connections close with 1012; sessions and
+store close. Each step has a bound, so the whole has: drain_timeout + stop_timeout + 2 × close_timeout, whatever clients,
+agents or threads do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import structlog
+import trio
+from attrs import frozen
+
+from gateway._version import __version__
+from gateway.agents import as_agent
+from gateway.config import Config
+from gateway.errors import ConfigError, HandshakeRefused
+from gateway.protocol import codec
+from gateway.protocol.messages import GoAway, Policy, ServerInfo
+from gateway.server.auth import Authenticate, anyone, by_token
+from gateway.server.connection import Connection
+from gateway.server.flusher import Flusher
+from gateway.server.listener import Admission, accept_forever, bind, serve_stream
+from gateway.session import Registered, Registry, Sources
+from gateway.store import SessionRecord, Store, open_store
+from gateway.transport.memory import MemoryByteStream, memory_pair
+from gateway.transport.streams import ByteStream
+
+RECONNECT_SPREAD_MS = 5_000
+"""Clients told to go away come back within so many ms, each at its own moment: 10,000 of them make 2,000 a second."""
+
+SETTLE_SECONDS = 1.0
+"""For replies that are not sent yet, before connections are closed in a drain."""
+
+_log = structlog.get_logger(__name__)
+
+
+@frozen
+class Statistics:
+    """A gateway at one moment, in counts."""
+
+    connections: int
+    pending_handshakes: int
+    sessions: int
+    turns: int
+    queued_inputs: int
+    blocked_connections: int
+    dropped_frames: int
+    refused_sockets: int
+    crashed_connections: int
+    closes: Mapping[str, int]
+    """How the gateway closed connections: ``"1013 slow_consumer"`` → count."""
+
+
+class Gateway:
+    """A running gateway. Made by `open_gateway`."""
+
+    def __init__(
+        self,
+        config: Config,
+        agents: Mapping[str, Registered],
+        store: Store,
+        nursery: trio.Nursery,
+        *,
+        authenticate: Authenticate,
+        may_share: Callable[[str, SessionRecord], bool],
+        sources: Sources,
+    ) -> None:
+        limits = config.limits
+        self.config = config
+        self.sources = sources
+        self.authenticate = authenticate
+        self.flusher = Flusher(sources.timer)
+        self.registry = Registry(nursery, agents, store, limits, sources, may_share=may_share)
+        self.admission = Admission(limits.max_pending_handshakes, limits.max_pending_handshakes_per_peer)
+        self.joined: set[Connection] = set()
+        self.blocked: set[Connection] = set()
+        self.draining = False
+        self.dropped_frames = 0
+        self.refused_sockets = 0
+        self.crashed_connections = 0
+        self.server_info = ServerInfo(name="trio-gateway", version=__version__, node=config.server.node)
+        self.policy = Policy(**{name.name: getattr(limits, name.name) for name in attrs.fields(Policy)})
+        self._closes: dict[str, int] = {}
+        self._nursery = nursery
+        self._connections: trio.Nursery | None = None
+        self._serving = 0
+        self._listeners: list[trio.SocketListener] = []
+        self._drained = trio.Event()
+        self._all_gone = trio.lowlevel.ParkingLot()
+
+    # what others use
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the first listening socket."""
+        name = self._listeners[0].socket.getsockname()
+        return str(name[0]), int(name[1])
+
+    @property
+    def url(self) -> str:
+        """Where clients connect."""
+        host, port = self.address
+        return f"ws://{f'[{host}]' if ':' in host else host}:{port}{self.config.server.path}"
+
+    def statistics(self) -> Statistics:
+        """Counts of this moment."""
+        sessions = self.registry.sessions.values()
+        return Statistics(
+            connections=len(self.joined),
+            pending_handshakes=self.admission.pending,
+            sessions=len(self.registry),
+            turns=sum(session.turn is not None for session in sessions),
+            queued_inputs=sum(session.waiting for session in sessions),
+            blocked_connections=len(self.blocked),
+            dropped_frames=self.dropped_frames,
+            refused_sockets=self.refused_sockets,
+            crashed_connections=self.crashed_connections,
+            closes=dict(self._closes),
+        )
+
+    def connect(self) -> MemoryByteStream:
+        """A client's end of a connection in memory, for ``open_session(..., stream=...)``. No port is involved."""
+        client, server = memory_pair()
+        self.serve(server)
+        return client
+
+    async def serve_forever(self) -> None:
+        """Wait until the gateway has drained."""
+        await self._drained.wait()
+
+    def drain_nowait(self, reason: str = "shutdown") -> None:
+        """Begin to drain; `serve_forever` returns when it is done. Calling it again changes nothing."""
+        if not self.draining:
+            self._begin_drain(reason)
+            # Owned by the gateway's nursery; bounded.
+            self._nursery.start_soon(self._drain)
+
+    async def drain(self, reason: str = "shutdown") -> None:
+        """Drain and wait for its end. Cancelling stops the wait, not the drain."""
+        self.drain_nowait(reason)
+        await self._drained.wait()
+
+    # what connections use
+
+    def spawn(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        """Run a small task of a connection under a crash barrier."""
+        self._nursery.start_soon(self._guarded, function, *args)
+
+    async def _guarded(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        try:
+            await function(*args)
+        except Exception as exc:
+            _log.error("task_failed", exc_info=exc)
+
+    def count_close(self, code: int, reason: str) -> None:
+        key = f"{code} {reason}"
+        # The reasons are few and ours, but for close reasons made of a peer's mistakes there is a bound as well.
+        if key in self._closes or len(self._closes) < 64:
+            self._closes[key] = self._closes.get(key, 0) + 1
+
+    def refuse_draining(self) -> HandshakeRefused:
+        return HandshakeRefused(
+            "draining",
+            "the gateway is stopping",
+            close_code=1012,
+            close_reason="restart",
+            next_step="Reconnect in a moment.",
+            retryable=True,
+            retry_after_ms=self._reconnect_after(),
+        )
+
+    # life
+
+    async def _listen(self) -> None:
+        server, limits = self.config.server, self.config.limits
+        self._listeners = await bind(server.host, server.port)
+        assert self._connections is not None
+        for listener in self._listeners:
+            self._connections.start_soon(accept_forever, listener, limits.send_buffer_bytes, self.serve)
+
+    def serve(self, stream: ByteStream) -> None:
+        """Serve a client on a byte stream, which is the gateway's from now on. Never waits."""
+        assert self._connections is not None
+        self._serving += 1
+        # Owned by the connection nursery; ends with the connection.
+        self._connections.start_soon(self._serve_one, stream)
+
+    async def _serve_one(self, stream: ByteStream) -> None:
+        try:
+            await serve_stream(self, stream)
+        finally:
+            self._serving -= 1
+            if not self._serving:
+                self._all_gone.unpark_all()
+
+    async def _watch(self) -> None:
+        """Everything that goes by the clock and not by an event: one task instead of a timer per connection."""
+        limits = self.config.limits
+        pace = _clamp(min(limits.slow_grace_ms, limits.send_timeout_ms) / 4000, 0.005, 0.25)
+        alive_every = _clamp(limits.heartbeat_ms / 8000, 0.005, 2.0)
+        rest_every = _clamp(limits.idle_session_ms / 4000, 0.005, 10.0)
+        next_alive = next_rest = trio.current_time()
+        while True:
+            await trio.sleep(min(pace, alive_every, rest_every))
+            now = trio.current_time()
+            for connection in list(self.blocked):
+                connection.check_blocked(now)
+            if now >= next_alive:
+                next_alive = now + alive_every
+                now_ms = self.sources.now_ms()
+                for connection in list(self.joined):
+                    connection.check_alive(now, now_ms)
+            if now >= next_rest:
+                next_rest = now + rest_every
+                self.registry.rest_idle()
+
+    def _reconnect_after(self) -> int:
+        return 100 + int(self.sources.chance() * RECONNECT_SPREAD_MS)
+
+    def _begin_drain(self, reason: str) -> None:
+        """Close admission and tell everyone. No await: nobody gets in between."""
+        self.draining = True
+        self.registry.begin_drain()
+        for listener in self._listeners:
+            listener.socket.close()
+        timeout = self.config.server.drain_timeout_ms
+        for connection in list(self.joined):
+            connection.push(
+                GoAway(reason=reason, reconnect_after_ms=self._reconnect_after(), deadline_ms=timeout)
+            )
+
+    async def _drain(self) -> None:
+        limits = self.config.limits
+        timeout = self.config.server.drain_timeout_ms / 1000
+        _log.info("drain_started", connections=len(self.joined), turns=self.statistics().turns)
+        with trio.move_on_after(timeout + limits.stop_timeout_ms / 1000 + 1):
+            async with trio.open_nursery() as nursery:
+                for session in list(self.registry.sessions.values()):
+                    nursery.start_soon(session.finish_turn, timeout)
+        with trio.move_on_after(SETTLE_SECONDS):
+            while not all(connection.settled for connection in self.joined):
+                await trio.sleep(0.01)
+        for connection in list(self.joined):
+            connection.close(1012, "restart")
+        with trio.move_on_after(2 * limits.close_timeout_ms / 1000):
+            while self._serving:
+                await self._all_gone.park()
+        left = self.statistics()
+        _log.info("drained", turns_left=left.turns, queued_inputs=left.queued_inputs)
+        self._drained.set()
+
+
+def _clamp(value: float, low: float, high: float) -> float:
+    return max(low, min(value, high))
+
+
+@asynccontextmanager
+async def open_gateway(
+    config: Config | None = None,
+    agents: Mapping[str, Any] | None = None,
+    *,
+    store: Store | None = None,
+    authenticate: Authenticate | None = None,
+    may_share: Callable[[str, SessionRecord], bool] = lambda subject, record: False,
+    sources: Sources | None = None,
+    listen: bool = True,
+) -> AsyncIterator[Gateway]:
+    """Run a gateway inside any trio program.
+
+    Args:
+        config: settings; the defaults listen on 127.0.0.1:8765 and keep sessions in memory.
+        agents: agent id → anything that `gateway.agents.as_agent` takes, or a `Registered`.
+        store: used instead of ``config.store``; entered and left here.
+        authenticate: token → `Identity`; by default ``server.tokens``, or everyone is ``anonymous``.
+        may_share: whether a subject has a grant for a session of another subject.
+        listen: False opens no port; connect with `Gateway.connect`.
+
+    Leaving the block drains, within ``server.drain_timeout_ms`` and the bounds named in this module. Leaving it by an
+    exception or by cancellation ends everything at once.
+
+    Raises:
+        BindError, StoreUnusable, ConfigError, AgentLoadError: before anything is served.
+    """
+    config = config or Config()
+    if not agents:
+        raise ConfigError("agents", "expected at least one agent")
+    limiter = trio.CapacityLimiter(config.limits.max_sync_threads)
+    registered = {
+        name: agent
+        if isinstance(agent, Registered)
+        else Registered(as_agent(agent, name=name, limiter=limiter), config.limits.max_detached_ms)
+        for name, agent in agents.items()
+    }
+    if authenticate is None:
+        authenticate = by_token(config.server.tokens) if config.server.tokens else anyone
+    codec.structure_all()
+    async with store or open_store(config.store.url, config.limits) as opened:
+        async with trio.open_nursery() as nursery:
+            gateway = Gateway(
+                config,
+                registered,
+                opened,
+                nursery,
+                authenticate=authenticate,
+                may_share=may_share,
+                sources=sources or Sources(),
+            )
+            async with trio.open_nursery() as connections:
+                gateway._connections = connections
+                # All owned by the gateway's nurseries; they end when those are cancelled below.
+                nursery.start_soon(gateway.flusher.run)
+                nursery.start_soon(gateway._watch)
+                if listen:
+                    await gateway._listen()
+                nursery.start_soon(gateway.registry.resume_unfinished)
+                yield gateway
+                await gateway.drain()
+                connections.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()

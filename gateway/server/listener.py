@@ -1,0 +1,155 @@
+"""Accepting sockets: admission by count before anything is read, and a crash barrier around each connection.
+
+trio-websocket's own server ends as a whole when one connection raises. Here an exception, whatever a peer did to cause
+it, ends that connection and is logged (DESIGN property 20).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from gateway.errors import BindError, ConnectionLost
+from gateway.server.connection import Connection
+from gateway.transport.streams import ByteStream, SocketByteStream
+from gateway.transport.websocket import HandshakeFailed, open_server_websocket
+
+if TYPE_CHECKING:
+    from gateway.server.gateway import Gateway
+
+BACKLOG = 1024
+"""Connections the kernel holds until they are accepted: everyone who comes back in the second after a restart."""
+
+OUT_OF_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+OUT_OF_FILES_PAUSE = 0.1
+"""Seconds before accepting again when the process has no file descriptor left; a spinning loop would not free one."""
+
+SUBPROTOCOL = "trio-gateway"
+
+_REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n"
+    b"Retry-After: 1\r\nContent-Length: %d\r\n\r\n%b"
+)
+
+_log = structlog.get_logger(__name__)
+
+
+class Admission:
+    """Counts the sockets that have not joined yet, in total and by address: they are cheap to open and hold."""
+
+    def __init__(self, most: int, most_per_peer: int) -> None:
+        self._most = most
+        self._most_per_peer = most_per_peer
+        self._peers: Counter[str] = Counter()
+        self.pending = 0
+
+    def enter(self, peer: str) -> bool:
+        """Count a new socket in; False if there is no room for it."""
+        if self.pending >= self._most or self._peers[peer] >= self._most_per_peer:
+            return False
+        self.pending += 1
+        self._peers[peer] += 1
+        return True
+
+    def leave(self, peer: str) -> None:
+        """Count a socket out: it joined or is gone."""
+        self.pending -= 1
+        self._peers[peer] -= 1
+        if not self._peers[peer]:
+            del self._peers[peer]
+
+
+async def bind(host: str, port: int) -> list[trio.SocketListener]:
+    """Listen on an address.
+
+    Raises:
+        BindError: it cannot be listened on; the message says why and what to do.
+    """
+    try:
+        return await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+    except OSError as exc:
+        cause: BaseException = exc
+        while isinstance(cause.__cause__, OSError):
+            cause = cause.__cause__
+        if getattr(cause, "errno", None) == errno.EADDRINUSE:
+            raise BindError(f"{host}:{port} is in use; stop what listens there or choose another --port") from None
+        raise BindError(f"cannot listen on {host}:{port}: {exc}; check --host and --port") from None
+
+
+async def accept_forever(
+    listener: trio.SocketListener, send_buffer: int, serve: Callable[[ByteStream], None]
+) -> None:
+    """Accept until cancelled or the listener is closed; `serve` takes each connection over, without waiting."""
+    while True:
+        try:
+            sock, _ = await listener.socket.accept()
+        except OSError as exc:
+            if exc.errno in OUT_OF_FILES:
+                _log.error("out_of_files", error=str(exc))
+                await trio.sleep(OUT_OF_FILES_PAUSE)
+                continue
+            if exc.errno == errno.EBADF:
+                return
+            continue  # the peer was gone before it was accepted
+        except trio.ClosedResourceError:
+            return
+        try:
+            stream = SocketByteStream(sock, send_buffer=send_buffer)
+        except OSError:
+            sock.close()
+            continue
+        serve(stream)
+
+
+async def serve_stream(gateway: Gateway, stream: ByteStream) -> None:
+    """Serve one byte stream from its first byte to its last. Nothing a peer does raises out of here."""
+    peer = stream.peer
+    try:
+        if not gateway.admission.enter(peer):
+            gateway.refused_sockets += 1
+            body = b"too many connections that have not said hello\n"
+            try:
+                stream.send_nowait(_REFUSAL % (len(body), body))
+            finally:
+                await stream.aclose()
+            return
+        left = False
+
+        def leave() -> None:
+            nonlocal left
+            if not left:
+                left = True
+                gateway.admission.leave(peer)
+
+        try:
+            await _serve(gateway, stream, leave)
+        finally:
+            leave()
+    except (HandshakeFailed, ConnectionLost, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+        _log.debug("connection_ended", peer=peer, reason=str(exc))
+    except Exception as exc:
+        gateway.crashed_connections += 1
+        _log.error("connection_failed", peer=peer, exc_info=exc)
+
+
+async def _serve(gateway: Gateway, stream: ByteStream, leave: Callable[[], None]) -> None:
+    config = gateway.config
+    limits = config.limits
+    async with open_server_websocket(
+        stream,
+        max_message_bytes=limits.max_handshake_bytes,
+        max_queued_frames=limits.max_control_frames,
+        handshake_timeout=limits.handshake_timeout_ms / 1000,
+        close_timeout=limits.close_timeout_ms / 1000,
+    ) as ws:
+        if ws.path != config.server.path:
+            await ws.reject(404, f"no WebSocket here; connect to {config.server.path}\n".encode())
+            return
+        await ws.accept(SUBPROTOCOL if SUBPROTOCOL in ws.subprotocols else None)
+        connection = Connection(gateway, ws, on_joined=leave)
+        await connection.run()

@@ -1,0 +1,308 @@
+"""A turn, as an agent sees it: what it was asked, and everything it can say while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import trio
+from attrs import define, field
+
+from gateway.errors import TurnClosed, TurnLimitExceeded
+from gateway.protocol import codec
+from gateway.protocol.messages import (
+    TRANSCRIPT_EVENTS,
+    Answered,
+    Ask,
+    AskKind,
+    AskOutcome,
+    Custom,
+    Delta,
+    ErrorInfo,
+    Event,
+    Input,
+    Output,
+    Progress,
+    State,
+    ToolCall,
+    ToolResult,
+    Withdrawn,
+)
+from gateway.protocol.patch import merge_patch
+
+if TYPE_CHECKING:
+    from gateway.session.session import QueuedInput, Session
+
+PIECE = 16 * 1024
+"""Characters in one delta at most: at most 64 KiB of UTF-8, so a merged delta can always hold it."""
+
+YIELD_EVERY = 32
+"""Sends between two checkpoints when the outbox has room: a checkpoint costs as much as four sends, and 32 sends are
+below 0.1 ms, so nobody else is kept waiting."""
+
+_FRAME_OVERHEAD = 512
+"""Bytes that an event's own fields (numbers, ids, names) may add to what the agent hands in."""
+
+
+@define(eq=False)
+class PendingAsk:
+    """A question that waits. `outcome` is set the moment it is decided, `decided` once everyone can see it."""
+
+    event: Ask
+    decided: trio.Event = field(factory=trio.Event)
+    outcome: AskOutcome | None = None
+    value: Any = None
+
+    def accepts(self, value: object) -> str | None:
+        """None if `value` answers the question, else what was expected."""
+        kind = self.event.kind
+        if kind == "approval":
+            return None if type(value) is bool else "expected true or false"
+        if kind == "choice":
+            options = self.event.options or []
+            fits = any(type(value) is type(option) and value == option for option in options)
+            return None if fits else "expected one of the ask's options"
+        return None if type(value) is str else "expected a string"
+
+
+class Turn:
+    """One run of an agent. The engine makes it; an agent gets it as its only argument.
+
+    Every writing method waits while the outbox is full, is safe to cancel (the write then happened or did not, never
+    half), and raises `TurnClosed` once the turn has ended, `TurnLimitExceeded` when a limit would be exceeded and
+    `ValueError` when something has no JSON form.
+
+    Attributes:
+        inputs: the messages this turn answers, in order; more than one only with ``on_busy: "collect"``.
+        session_id, turn_id: names on the wire. subject: who sent the first input.
+        attempt: 1, or more when an earlier run was lost in a crash and the agent asked for retries.
+    """
+
+    def __init__(self, session: Session, turn_id: str, inputs: Sequence[Input], attempt: int) -> None:
+        self.inputs = tuple(inputs)
+        self.session_id = session.record.session_id
+        self.turn_id = turn_id
+        self.subject = inputs[0].sender
+        self.attempt = attempt
+        self._session = session
+        self._limits = session.limits
+        self._publisher = session.publisher
+        self._outbox = session.publisher.outbox
+        self._state = session.view.state
+        self._channels: set[str] = set()
+        self._progress: dict[str, int] = {}
+        self._written = 0
+        self._unyielded = 0
+        # For the engine: see `Session._run_turn`.
+        self._closed = False
+        self._scope = trio.CancelScope()
+        self._limit_scope = trio.CancelScope()
+        self._settled = trio.Event()
+        self._finished = trio.Event()
+        self._ended = trio.Event()
+        self._max_deadline = inf
+        self._stop_reason: str | None = None
+        self._result: str | None = None
+        self._failure: ErrorInfo | None = None
+        self._asks: dict[str, PendingAsk] = {}
+        self._steer: list[QueuedInput] = []
+        self._on_ended: list[Callable[[], None]] = []
+
+    # what it was asked
+
+    @property
+    def input(self) -> Input:
+        """The first (and usually only) input."""
+        return self.inputs[0]
+
+    @property
+    def transcript(self) -> tuple[Event, ...]:
+        """The conversation so far, oldest first, as far as it is kept in memory, with this turn's inputs at its end.
+
+        Consists of `Input`, `Output`, `ToolCall`, `ToolResult`, `Answered` and `TurnEnded` events. Inputs that wait or
+        were withdrawn are not part of it; those the running turn took in (`steered`) are.
+        """
+        view, log = self._session.view, self._session.log
+        own = {item.request_id for item in self.inputs}
+        leave_out = set(view.queue) | own
+        leave_out |= {e.request_id for e in log if type(e) is Withdrawn and e.reason != "steered"}
+        events = (e for e in log if isinstance(e, TRANSCRIPT_EVENTS))
+        before = tuple(e for e in events if not (type(e) is Input and e.request_id in leave_out))
+        return before + self.inputs
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The session's state, this turn's own changes included. Change it with `update_state`, not in place."""
+        return self._state
+
+    def steered(self) -> list[Input]:
+        """Take the inputs that clients handed to this running turn (``on_busy: "steer"``); never waits.
+
+        An input taken here is done with: the log says so with a `withdrawn` event, reason ``steered``. What is not
+        taken when the turn ends is queued as a turn of its own.
+        """
+        self._check_open()
+        return self._session.take_steered(self)
+
+    # what it can say
+
+    async def send(self, text: str, channel: str = "answer") -> None:
+        """Stream a piece of text; it may be of any length.
+
+        It is not a checkpoint every time: it only waits when the outbox is full or after some sends without a pause.
+        """
+        if self._closed:
+            self._check_open()
+        if channel not in self._channels:
+            self._add_channel(channel)
+        size = len(text) if text.isascii() else len(text.encode())
+        self._charge(size)
+        outbox = self._outbox
+        for piece in (text,) if size <= PIECE else [text[i : i + PIECE] for i in range(0, len(text), PIECE)]:
+            if not piece:
+                continue
+            delta = Delta(turn_id=self.turn_id, channel=channel, text=piece)
+            try:
+                outbox.send_nowait(delta)
+            except trio.WouldBlock:
+                self._unyielded = 0
+                await outbox.send(delta)
+        self._unyielded += 1
+        if self._unyielded >= YIELD_EVERY or self._scope.cancel_called:
+            self._unyielded = 0
+            await trio.lowlevel.checkpoint()
+
+    async def reason(self, text: str) -> None:
+        """`send` on the channel ``reasoning``."""
+        await self.send(text, "reasoning")
+
+    async def output(self, content: str, channel: str = "answer", metadata: Mapping[str, Any] | None = None) -> None:
+        """State text as final: it replaces what was streamed on `channel` since the last output there."""
+        self._add_channel(channel)
+        event = Output(turn_id=self.turn_id, channel=channel, content=content, metadata=dict(metadata or {}))
+        await self._emit(event, content, event.metadata)
+
+    async def progress(self, key: str, data: Any) -> None:
+        """Say how far `key` is. Only the latest per key counts, and none after the turn."""
+        size = len(codec.check_json(data)) + len(key.encode())
+        others = sum(self._progress.values()) - self._progress.get(key, 0)
+        if others + size > self._limits.max_state_bytes // 2:
+            raise TurnLimitExceeded(f"progress: all keys together may hold {self._limits.max_state_bytes // 2:,} bytes")
+        self._progress[key] = size
+        await self._emit(Progress(turn_id=self.turn_id, key=key, data=data), key, data)
+
+    async def tool_call(self, name: str, arguments: Any = None, call_id: str | None = None) -> str:
+        """Show that a tool is called. Returns the call's id, for `tool_result`."""
+        call_id = call_id or f"call_{self._session.sources.new_id()}"
+        event = ToolCall(turn_id=self.turn_id, call_id=call_id, name=name, arguments=arguments)
+        await self._emit(event, name, arguments)
+        return call_id
+
+    async def tool_result(self, call_id: str, result: Any = None, is_error: bool = False) -> None:
+        """Show what a tool returned."""
+        event = ToolResult(turn_id=self.turn_id, call_id=call_id, result=result, is_error=is_error)
+        await self._emit(event, call_id, result)
+
+    async def custom(self, name: str, data: Any = None) -> None:
+        """Write an event of the application's own."""
+        await self._emit(Custom(turn_id=self.turn_id, name=name, data=data), name, data)
+
+    async def update_state(self, patch: Mapping[str, Any]) -> None:
+        """Change the session's state by an RFC 7396 merge patch: a key set to None goes away, objects are merged."""
+        changed = merge_patch(self._state, dict(patch))
+        if len(codec.check_json(changed)) > self._limits.max_state_bytes:
+            raise TurnLimitExceeded(f"state: a session's state may hold {self._limits.max_state_bytes:,} bytes")
+        await self._emit(State(patch=dict(patch)), "", dict(patch))
+        self._state = changed
+
+    async def ask(
+        self, kind: AskKind, prompt: str, options: Sequence[Any] | None = None, timeout: float | None = None
+    ) -> Any:
+        """Ask whoever is attached, and wait for the answer.
+
+        Args:
+            kind: ``approval`` (the answer is a bool), ``choice`` (one of `options`) or ``input`` (a string).
+            timeout: seconds; None waits as long as the turn may run. The question outlives every connection.
+
+        Returns:
+            The answer. When it timed out or was cancelled: False for an approval, else None.
+        """
+        self._check_open()
+        if kind not in ("approval", "choice", "input"):
+            raise ValueError(f"kind: expected approval, choice or input, got {kind!r}")
+        if kind == "choice" and not options:
+            raise ValueError("options: a choice needs at least one")
+        if len(self._asks) >= self._limits.max_asks:
+            raise TurnLimitExceeded(f"ask: {self._limits.max_asks} questions are open already (limits.max_asks)")
+        event = Ask(
+            turn_id=self.turn_id,
+            ask_id=f"a_{self._session.sources.new_id()}",
+            kind=kind,
+            prompt=prompt,
+            options=None if options is None else list(options),
+            timeout_ms=None if timeout is None else int(timeout * 1000),
+        )
+        room = self._limits.max_frame_bytes // (4 * self._limits.max_asks)
+        if len(codec.check_json([prompt, event.options])) > room:
+            raise TurnLimitExceeded(f"ask: prompt and options may hold {room:,} bytes")
+        pending = self._asks[event.ask_id] = PendingAsk(event)
+        try:
+            await self._emit(event, prompt, event.options)
+            with trio.move_on_after(inf if timeout is None else timeout):
+                await pending.decided.wait()
+            if pending.outcome is None:
+                self._session.decide_ask(self, pending, "timed_out")
+            await pending.decided.wait()
+        finally:
+            if pending.outcome is None and not self._closed:
+                self._session.decide_ask(self, pending, "cancelled")
+        return pending.value
+
+    # for itself
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TurnClosed(f"turn {self.turn_id} has ended; nothing more can be written to it")
+
+    def _charge(self, size: int) -> None:
+        self._written += size
+        if self._written > self._limits.max_turn_bytes:
+            self._session.stop_turn(self, "turn_too_large")
+            raise TurnLimitExceeded(f"the turn may write {self._limits.max_turn_bytes:,} bytes (limits.max_turn_bytes)")
+
+    def _add_channel(self, channel: str) -> None:
+        self._check_open()
+        if channel not in self._channels:
+            if not channel or len(channel) > 64:
+                raise ValueError("channel: expected a name of 1 to 64 characters")
+            if len(self._channels) >= self._limits.max_channels:
+                raise TurnLimitExceeded(f"a turn may use {self._limits.max_channels} channels (limits.max_channels)")
+            self._channels.add(channel)
+
+    def _take_result(self, result: object) -> None:
+        """Keep the text that the agent returned."""
+        if result is not None and type(result) is not str:
+            raise TypeError(f"an agent returns text or None, not {type(result).__name__}")
+        if result:
+            self._charge(len(result.encode()))
+        self._result = result
+
+    async def _emit(self, event: Event, *parts: Any) -> None:
+        """Write an event whose free parts are `parts`."""
+        self._check_open()
+        size = len(codec.check_json(parts))
+        if size + _FRAME_OVERHEAD > self._limits.max_frame_bytes:
+            raise TurnLimitExceeded(
+                f"{event.type}: {size:,} bytes do not fit into a frame of {self._limits.max_frame_bytes:,} "
+                "(limits.max_frame_bytes); send it in parts"
+            )
+        self._charge(size)
+        await self._outbox.send(event)
+
+
+def answered(pending: PendingAsk, turn_id: str, by: str | None) -> Answered:
+    """The event that closes an ask."""
+    assert pending.outcome is not None
+    value = pending.value if pending.outcome == "answered" else None
+    return Answered(turn_id=turn_id, ask_id=pending.event.ask_id, value=value, by=by, outcome=pending.outcome)
