@@ -30,6 +30,11 @@ def _within(low: int, high: int) -> Callable[[Any, attrs.Attribute[Any], Any], N
     return check
 
 
+def _text(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{instance.TABLE}.{attribute.name}", f"expected a text that is not empty, got {value!r}")
+
+
 def _limit(default: int, low: int, high: int, why: str) -> int:
     """A limit with its range; `why` is shown by `check-config` and in the reference."""
     return field(default=default, validator=_within(low, high), metadata={"low": low, "high": high, "why": why})
@@ -132,7 +137,7 @@ class Store:
 
     TABLE = "store"
 
-    url: str = "memory"
+    url: str = field(default="memory", validator=_text)
     """``memory``, or ``sqlite:PATH``."""
 
 
@@ -156,10 +161,10 @@ class AgentConfig:
         options: every other key of the table, handed to the kind (``base_url``, ``command``, …).
     """
 
-    TABLE = "agents"
+    TABLE = "agents.*"
 
-    run: str
-    max_detached_ms: int | None = None
+    run: str = field(validator=_text)
+    max_detached_ms: int | None = field(default=None, validator=attrs.validators.optional(_within(0, 7 * 24 * HOUR_MS)))
     options: Mapping[str, Any] = field(factory=dict)
 
 

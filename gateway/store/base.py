@@ -11,10 +11,10 @@ Numbers are reserved ahead in blocks and in the same transaction as the events, 
 given again, even after ``kill -9``: a session that comes back continues above ``reserved`` (DESIGN property 14).
 
 Retention has two halves. While it appends, a store keeps each session within ``max_events`` and ``max_bytes``, but
-never less than a `gateway.protocol.log.Log` with the same bounds keeps, so a session's floor in the store is never above
-its floor in memory. `Store.purge`, called by the gateway now and then, removes what nobody needs any more: whole
-sessions, and idempotency keys out of the window. Neither removes what recovery needs: waiting inputs, the open turn, the
-state.
+never less than a `gateway.protocol.log.Log` with the same bounds keeps, so a session's floor in the store is never
+above its floor in memory. `Store.purge`, called by the gateway now and then, removes what nobody needs any more: whole
+sessions, and idempotency keys out of the window. Neither removes what recovery needs: waiting inputs, the open turn,
+the state.
 
 `gateway.store` holds the implementations; one contract suite (``tests/store``) runs on each.
 """

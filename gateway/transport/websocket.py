@@ -245,6 +245,7 @@ class ServerWebSocket:
         self._library_ended = False
         self._wrote = False
         self._by_us = False
+        self._peer_closed = False
         self.max_message_bytes = max_message_bytes
         self.phase = Phase.HANDSHAKE
         self.blocked = False
@@ -441,6 +442,7 @@ class ServerWebSocket:
             self._wake()
 
     def _peer_closes(self, code: int, reason: str) -> None:
+        self._peer_closed = True
         if self.phase is Phase.OPEN:
             self.phase = Phase.CLOSING
             self.close_code, self.close_reason = code, reason
@@ -486,8 +488,9 @@ class ServerWebSocket:
                     await self._ended.park()
             while self._pumping:
                 await self._flushed.park()
-            if self.phase is not Phase.CLOSED:
-                # Closing with unread bytes would turn into a reset and take our close frame along.
+            if self.phase is not Phase.CLOSED and not self._peer_closed:
+                # Nothing can follow the peer's close frame. Without one, bytes may be unread, and closing with unread
+                # bytes would turn into a reset that takes our close frame along.
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await self._stream.send_eof()
                     while await self._stream.receive_some(READ_BYTES):
