@@ -17,7 +17,7 @@ closes it by the rules of PROTOCOL section 7. Its events wait where they are, in
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import trio
@@ -116,6 +116,7 @@ class Connection:
         if self._session is not None:
             self._session.detach(self, ws.close_code or 1006, ws.close_reason)
             self._gateway.joined.discard(self)
+            self._gateway.progress.unpark_all()
         self._gateway.blocked.discard(self)
 
     def close(self, code: int, reason: str) -> None:
@@ -365,6 +366,8 @@ class Connection:
     def flush(self) -> None:
         """Write what the client has yet to get, as far as the kernel takes it. Called by the flusher alone."""
         ws, session = self._ws, self._session
+        if self._gateway.draining:
+            self._gateway.progress.unpark_all()
         if ws.blocked or ws.phase is not Phase.OPEN:
             return
         frames = b""
@@ -429,7 +432,7 @@ class Connection:
         return not self._control and not self._ws.blocked and not behind
 
 
-_HANDLERS: dict[type[ClientFrame], Callable[[Connection, ClientFrame], None]] = {
+_HANDLERS: dict[type[ClientFrame], Callable[[Connection, Any], None]] = {
     Message: Connection._message,
     Abort: Connection._abort,
     Answer: Connection._answer,
@@ -439,4 +442,4 @@ _HANDLERS: dict[type[ClientFrame], Callable[[Connection, ClientFrame], None]] = 
     Leave: Connection._leave,
     Ping: Connection._ping,
     Pong: Connection._pong,
-}  # type: ignore[dict-item]
+}

@@ -2,8 +2,8 @@
 
 Drain, in this order (PROTOCOL section 8): admission closes; every connection gets `goaway`; running turns may finish
 until the time is up, then end as ``interrupted``; unsent replies go out; connections close with 1012; sessions and
-store close. Each step has a bound, so the whole has: drain_timeout + stop_timeout + 2 × close_timeout, whatever clients,
-agents or threads do.
+store close. Each step has a bound, so the whole has: drain_timeout + stop_timeout + 2 × close_timeout, whatever
+clients, agents or threads do.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ class Gateway:
         self._connections: trio.Nursery | None = None
         self._serving = 0
         self._listeners: list[trio.SocketListener] = []
+        self.progress = trio.lowlevel.ParkingLot()
+        """Where a drain waits: woken whenever a connection was flushed or has ended."""
         self._drained = trio.Event()
         self._all_gone = trio.lowlevel.ParkingLot()
 
@@ -232,9 +234,7 @@ class Gateway:
             listener.socket.close()
         timeout = self.config.server.drain_timeout_ms
         for connection in list(self.joined):
-            connection.push(
-                GoAway(reason=reason, reconnect_after_ms=self._reconnect_after(), deadline_ms=timeout)
-            )
+            connection.push(GoAway(reason=reason, reconnect_after_ms=self._reconnect_after(), deadline_ms=timeout))
 
     async def _drain(self) -> None:
         limits = self.config.limits
@@ -246,7 +246,7 @@ class Gateway:
                     nursery.start_soon(session.finish_turn, timeout)
         with trio.move_on_after(SETTLE_SECONDS):
             while not all(connection.settled for connection in self.joined):
-                await trio.sleep(0.01)
+                await self.progress.park()
         for connection in list(self.joined):
             connection.close(1012, "restart")
         with trio.move_on_after(2 * limits.close_timeout_ms / 1000):

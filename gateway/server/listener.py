@@ -81,9 +81,7 @@ async def bind(host: str, port: int) -> list[trio.SocketListener]:
         raise BindError(f"cannot listen on {host}:{port}: {exc}; check --host and --port") from None
 
 
-async def accept_forever(
-    listener: trio.SocketListener, send_buffer: int, serve: Callable[[ByteStream], None]
-) -> None:
+async def accept_forever(listener: trio.SocketListener, send_buffer: int, serve: Callable[[ByteStream], None]) -> None:
     """Accept until cancelled or the listener is closed; `serve` takes each connection over, without waiting."""
     while True:
         try:
