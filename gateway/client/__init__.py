@@ -6,10 +6,11 @@
             ...
 
 Layout: `session` (the trio part: `open_session`, `Session`), `core` (what it decides, without I/O), `buffer`, `texts`,
-`states` (what users observe). The socket is `gateway.transport.dial`.
+`states` (what users observe), `seam` (what a session needs from outside). The socket is `gateway.transport.dial`.
 """
 
-from gateway.client.session import Connect, Session, Socket, open_session
+from gateway.client.seam import Connect, Socket
+from gateway.client.session import Session, open_session
 from gateway.client.states import Connection, Statistics
 
 __all__ = ["Connect", "Connection", "Session", "Socket", "Statistics", "open_session"]
