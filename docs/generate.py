@@ -1,0 +1,132 @@
+"""Writes the reference pages that follow from the code: ``python docs/generate.py``. A test checks they are current."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from pathlib import Path
+
+import attrs
+
+from gateway.config import Config, Limits, Log, Server, Store
+from gateway.protocol import messages as m
+
+HERE = Path(__file__).parent / "reference"
+
+
+def shown(kind: object) -> str:
+    """A type as the wire knows it."""
+    if kind is type(None):
+        return "null"
+    if kind is typing.Any:
+        return "any JSON"
+    names: dict[object, str] = {
+        str: "string", int: "integer", bool: "true/false", m.RequestId: "string, 1–128 characters",
+        m.SessionId: "string, 1–128 of A–Z a–z 0–9 . _ : -",
+    }  # fmt: skip
+    if kind in names:
+        return names[kind]
+    if kind == m.AnyEvent:
+        return "event"
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return " / ".join(f"`{value}`" for value in args)
+    if origin is list:
+        return f"array of {shown(args[0])}"
+    if origin is dict:
+        return "object" if args[1] is typing.Any else f"object of {shown(args[1])}"
+    if args:
+        return " or ".join(shown(arg) for arg in args)
+    return f"[{kind.__name__}](#{kind.__name__.lower()})" if isinstance(kind, type) else str(kind)
+
+
+def fields_of(cls: type) -> str:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    rows = []
+    for field in attrs.fields(cls):
+        if field.default is attrs.NOTHING:
+            default = "required"
+        elif isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
+            default = "empty"
+        else:
+            default = f"`{field.default!r}`".replace("None", "null").replace("False", "false").replace("True", "true")
+        rows.append(f"| `{field.name.rstrip('_')}` | {shown(hints[field.name])} | {default} |")
+    if not rows:
+        return "No fields.\n"
+    return "\n".join(["| field | type | default |", "|---|---|---|", *rows]) + "\n"
+
+
+def paragraph(cls: type) -> str:
+    doc = cls.__dict__.get("__doc__") or ""
+    if not doc or doc.startswith("Method generated"):
+        return ""
+    return inspect.cleandoc(doc).replace("`from_`", "`from`") + "\n\n"
+
+
+def protocol() -> str:
+    out = [
+        "# Protocol messages\n",
+        "Every message of protocol version 2, generated from the message classes (`gateway/protocol/messages.py`).",
+        "A text message is one JSON object with a string `type`. Unknown fields are ignored; a field of the wrong type",
+        "is answered with `error` `invalid_frame` that names it.\n",
+    ]
+    for title, family in (
+        ("Events", m.EVENTS), ("What clients send", m.CLIENT_FRAMES), ("What the gateway sends", m.SERVER_FRAMES)
+    ):  # fmt: skip
+        out.append(f"## {title}\n")
+        if title == "Events":
+            out.append("Each has, besides its own fields, `seq`, `first` and `at` (integers; `at` in milliseconds).\n")
+        for tag, cls in family.items():
+            notes = [word for word in ("volatile", "droppable") if getattr(cls, word, False)]
+            out.append(f"### `{tag}`{' · ' + ', '.join(notes) if notes else ''}\n")
+            out.append(paragraph(cls) + fields_of(cls))
+    out.append("## Parts of messages\n")
+    for cls in (
+        m.ClientInfo, m.ServerInfo, m.Policy, m.Features, m.Member, m.Health, m.LastDisconnect, m.RunningTurn,
+        m.QueuedRef, m.ErrorInfo,
+    ):  # fmt: skip
+        out.append(f"### {cls.__name__}\n\n{paragraph(cls)}{fields_of(cls)}")
+    return "\n".join(out)
+
+
+def configuration() -> str:
+    out = [
+        "# Configuration\n",
+        "Settings come from a TOML file (`--config`), then the environment, then flags; later ones win. A setting has",
+        "the same name everywhere: `[limits] max_inbox` in the file is `TRIO_GATEWAY_LIMITS_MAX_INBOX` in the",
+        "environment. `trio-gateway check-config FILE` checks a file. Generated from `gateway/config.py`.\n",
+        "## `[limits]`\n",
+        "Times are in milliseconds, sizes in bytes, as the names say.\n",
+        "| setting | default | range | why |",
+        "|---|---|---|---|",
+    ]
+    for field in attrs.fields(Limits):
+        low, high = field.metadata["low"], field.metadata["high"]
+        out.append(f"| `{field.name}` | {field.default:,} | {low:,} – {high:,} | {field.metadata['why']} |")
+    for title, cls in (("[server]", Server), ("[store]", Store), ("[log]", Log)):
+        out += [f"\n## `{title}`\n", "| setting | default |", "|---|---|"]
+        for field in attrs.fields(cls):
+            default = field.default
+            value = "empty" if isinstance(default, attrs.Factory) or default == () else f"`{default}`"  # type: ignore[arg-type]
+            out.append(f"| `{field.name}` | {value} |")
+    assert attrs.fields(Config)
+    out += [
+        "\n## `[agents.NAME]`\n",
+        "`run` is `MODULE:ATTR`, or one of the built-in kinds `demo`, `openai`, `process`. `max_detached_ms` overrides the",
+        "limit of that name. Every other key is an option of the kind.",
+    ]
+    return "\n".join(out) + "\n"
+
+
+PAGES = {"protocol.md": protocol, "configuration.md": configuration}
+
+
+def main() -> int:
+    for name, make in PAGES.items():
+        (HERE / name).write_text(make())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The code in the documentation runs, and what the pages say it prints is what it prints."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from gateway import Config, Server, open_gateway, open_session
+from gateway.protocol.messages import Ask
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def files_of(page: Path) -> dict[str, str]:
+    return {name: code for _, name, code in BLOCK.findall(page.read_text()) if name}
+
+
+def load(page: str, name: str) -> dict[str, object]:
+    """The names that a file of a page defines."""
+    code = files_of(ROOT / page)[name]
+    namespace: dict[str, object] = {"__name__": "page"}
+    exec(compile(code, name, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_block_compiles(page: Path) -> None:
+    for language, name, code in BLOCK.findall(page.read_text()):
+        if language == "python":
+            compile(code, name or page.name, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+async def test_the_tutorials_agent_and_client(tmp_path: Path) -> None:
+    files = files_of(ROOT / "docs/tutorial/first-agent.md")
+    for name, code in files.items():
+        (tmp_path / name).write_text(code)
+    namespace = load("docs/tutorial/first-agent.md", "my_agent.py")
+    async with open_gateway(Config(server=Server(port=0)), {"shout": namespace["shout"]}) as gateway:
+        with trio.fail_after(60):
+            done = await trio.run_process(
+                [sys.executable, "talk.py", gateway.url], cwd=tmp_path, capture_stdout=True, stdin=subprocess.DEVNULL
+            )
+    assert done.stdout.decode() == "HELLO FROM PYTHON [completed]\n"
+
+
+async def test_the_agent_that_asks() -> None:
+    careful = load("docs/how-to/ask-the-user.md", "careful.py")["careful"]
+    answers = iter([True, "green", "Ada"])
+    async with open_gateway(Config(server=Server(port=0)), {"careful": careful}) as gateway:
+        async with open_session(gateway.url, "careful") as session:
+            with trio.fail_after(60):
+                await session.send("clean up")
+                async for event in session:
+                    if isinstance(event, Ask):
+                        await session.answer(event.ask_id, next(answers))
+                    elif event.type == "output":
+                        text = event.content
+                    elif event.type == "turn_ended":
+                        break
+    assert text == "Deleted; the label is green, called Ada."
+
+
+def test_the_embedded_gateway(tmp_path: Path) -> None:
+    (tmp_path / "embedded.py").write_text(files_of(ROOT / "docs/how-to/embed.md")["embedded.py"])
+    done = subprocess.run(
+        [sys.executable, "embedded.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[:2] == ["You said: hello", "1 session in memory"]
+
+
+def test_the_generated_pages_are_current() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import generate
+    finally:
+        sys.path.pop(0)
+    for name, make in generate.PAGES.items():
+        assert (ROOT / "docs/reference" / name).read_text() == make(), "run: python docs/generate.py"
