@@ -1,9 +1,11 @@
-"""What turns a user's callable into an agent (placeholder until `shapes` lands: coroutine functions only)."""
+"""What makes an agent of a user's callable, a command or an upstream model.
 
-from __future__ import annotations
+`shapes` turns a callable into what the engine runs; `loader` finds it by name and knows the built-in kinds: `demo`,
+`openai` (any OpenAI-compatible server; extra ``openai``) and `process` (a command that speaks JSON lines).
+`options` checks an agent's table.
+"""
 
-from typing import Any
+from gateway.agents.loader import build_agent, load_agent
+from gateway.agents.shapes import Agent, SyncTurn, as_agent
 
-
-def as_agent(obj: Any, *, name: str, limiter: Any = None) -> Any:
-    return obj
+__all__ = ["Agent", "SyncTurn", "as_agent", "build_agent", "load_agent"]
