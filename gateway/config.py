@@ -106,11 +106,14 @@ class Server:
 
     TABLE = "server"
 
-    host: str = "127.0.0.1"
+    host: str = field(default="127.0.0.1", validator=_text)
     port: int = field(default=8765, validator=_within(0, 65_535))
+    """0 takes a free one, which the start-up message names; the same holds for `http_port`."""
+    http: bool = True
+    """Whether health and readiness are served on `http_port` (extra ``http``)."""
     http_port: int = field(default=8766, validator=_within(0, 65_535))
     path: str = field(default="/ws")
-    node: str = "n1"
+    node: str = field(default="n1", validator=_text)
     drain_timeout_ms: int = _limit(
         30_000, 0, HOUR_MS, "what common supervisors wait before they kill; running turns may finish in it"
     )
