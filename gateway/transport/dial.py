@@ -111,20 +111,26 @@ async def dial(
     sock = ClientSocket(max_message_bytes, send_timeout, close_timeout)
     try:
         async with open_plain_nursery() as nursery:
-            with trio.move_on_after(connect_timeout):
-                if stream is None:
-                    stream = await _connect(target, ssl_context)
-                # Owned by this block: ends when the line does, at the latest by the nursery's cancellation.
-                nursery.start_soon(sock._run, stream, target, headers, subprotocols)
-                await sock._settled.wait()
-            if not sock._is_open:
-                raise sock._lost or ConnectionLost(1006, f"no answer from {target.authority} in {connect_timeout:g} s")
             try:
-                yield sock
+                with trio.move_on_after(connect_timeout):
+                    if stream is None:
+                        stream = await _connect(target, ssl_context)
+                    # Owned by this block, shielded: `aclose` needs the library's reader to see the peer's close, also
+                    # when the block was cancelled. Ends when the line does, at the latest by its scope below.
+                    nursery.start_soon(sock._run, stream, target, headers, subprotocols)
+                    await sock._settled.wait()
+                if not sock._is_open:
+                    raise sock._lost or ConnectionLost(
+                        1006, f"no answer from {target.authority} in {connect_timeout:g} s"
+                    )
+                try:
+                    yield sock
+                finally:
+                    # Shielded: a cancelled block still says goodbye, within `close_timeout`.
+                    with trio.move_on_after(2 * close_timeout, shield=True):
+                        await sock.aclose()
             finally:
-                # Shielded: a cancelled block still says goodbye, within `close_timeout`.
-                with trio.move_on_after(2 * close_timeout, shield=True):
-                    await sock.aclose()
+                sock._scope.cancel()
     finally:
         if stream is not None:
             await trio.aclose_forcefully(stream)
@@ -139,7 +145,7 @@ class ClientSocket:
         self._close_timeout = close_timeout
         self._ws: WebSocketConnection | None = None
         self._lock = trio.Lock()
-        self._scope = trio.CancelScope()
+        self._scope = trio.CancelScope(shield=True)
         self._settled = trio.Event()
         """The upgrade is over, well or not."""
         self._ended = trio.Event()
