@@ -284,9 +284,12 @@ class ClientSocket:
                 self._lost = ConnectionLost(1006, f"{target.authority} does not speak WebSocket: {error}")
         finally:
             # The stream first: whoever wakes up by these events finds it closed.
-            await trio.aclose_forcefully(stream)
-            self._settled.set()
-            self._ended.set()
+            try:
+                await trio.aclose_forcefully(stream)
+            finally:
+                # Also when this is where a cancellation of the outer block comes out.
+                self._settled.set()
+                self._ended.set()
 
 
 class _Line(trio.abc.HalfCloseableStream):
