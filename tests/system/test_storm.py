@@ -1,0 +1,17 @@
+"""Nothing accepted is lost over SIGKILL (see `storm`). The long form: ``python tests/system/storm.py --kills 200``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from storm import storm
+
+
+async def test_ten_kills(tmp_path: Path) -> None:
+    result = await storm(tmp_path, kills=10, sessions=50, seed=20261121)
+    assert result["problems"] == []
+    assert result["exit_code"] == 0
+    assert result["durable_inputs"] > 100
