@@ -33,15 +33,17 @@ def test_any_event_is_every_event() -> None:
 
 
 def test_wire_types_are_those_of_the_protocol() -> None:
-    assert set(m.EVENTS) == set(
-        "input turn_started delta progress tool_call tool_result ask answered output turn_ended withdrawn state "
-        "custom".split()
-    )
-    assert set(m.CLIENT_FRAMES) == set("hello message abort answer signal resync refresh leave ping pong".split())
-    assert set(m.SERVER_FRAMES) == set(
-        "hello_ok hello_error snapshot accepted aborted answer_ok credit signal presence refreshed left ping pong "
-        "error goaway".split()
-    )
+    assert set(m.EVENTS) == {
+        "input", "turn_started", "delta", "progress", "tool_call", "tool_result", "ask", "answered", "output",
+        "turn_ended", "withdrawn", "state", "custom",
+    }  # fmt: skip
+    assert set(m.CLIENT_FRAMES) == {
+        "hello", "message", "abort", "answer", "signal", "resync", "refresh", "leave", "ping", "pong",
+    }  # fmt: skip
+    assert set(m.SERVER_FRAMES) == {
+        "hello_ok", "hello_error", "snapshot", "accepted", "aborted", "answer_ok", "credit", "signal", "presence",
+        "refreshed", "left", "ping", "pong", "error", "goaway",
+    }  # fmt: skip
 
 
 def test_only_what_something_replaces_is_volatile() -> None:
