@@ -6,7 +6,8 @@
             ...
 
 Layout: `session` (the trio part: `open_session`, `Session`), `core` (what it decides, without I/O), `buffer`, `texts`,
-`states` (what users observe), `seam` (what a session needs from outside). The socket is `gateway.transport.dial`.
+`feed`, `states` (what users observe), `seam` (what a session needs from outside). The socket is
+`gateway.transport.dial`.
 """
 
 from gateway.client.seam import Connect, Socket

@@ -69,6 +69,9 @@ CREDIT_PROBE_S = 5.0
 RETRY_S = 1.0
 """Before a refused message is tried again, when the gateway named no time."""
 
+DOUBT_S = 1.0
+"""What an `answered` takes at most from being decided to being in the log, with a slow disk."""
+
 MAX_ANSWERS = 64
 """`answered` events remembered to tell whose answer counted; more asks than that are not open at once."""
 
@@ -125,7 +128,11 @@ class ClientCore:
         # Requests, in the order they were made.
         self._messages: dict[str, Request] = {}
         self._controls: list[Request] = []
-        self._doubts: list[tuple[Request, m.Error]] = []
+        self._doubts: list[tuple[Request, m.Error, float]] = []
+        """Repeated answers that the gateway does not know, and when they are given up.
+
+        They are told apart from wrong ones by their `answered`, which may still be on its way into the log.
+        """
         self._hold_until = -inf
         self._request_backoff = Backoff(base=RETRY_S)
         self._counts = dict.fromkeys(
@@ -227,7 +234,7 @@ class ClientCore:
         for request in self._messages.values():
             request.repeated |= request.written
             request.written = False
-        self._controls += [doubted for doubted, _ in self._doubts]
+        self._controls += [doubt[0] for doubt in self._doubts]
         self._doubts.clear()
         for request in list(self._controls):
             if isinstance(request.frame, m.ClientSignal | m.Leave):
@@ -302,7 +309,7 @@ class ClientCore:
             elif (handler := self._handlers.get(type(frame))) is not None:
                 effects += handler(frame, now)
         if self._doubts:
-            effects += self._resolve_doubts()
+            effects += self._resolve_doubts(now)
         return effects
 
     # --- the log ---
@@ -409,7 +416,7 @@ class ClientCore:
             return self._settle(request, result=m.Aborted(turn_id=request.frame.turn_id, withdrawn=[]))
         if request.repeated and frame.code == "unknown_ask":
             self._controls.remove(request)
-            self._doubts.append((request, frame))
+            self._doubts.append((request, frame, now + DOUBT_S))
             return []
         return self._refuse_by(request, frame)
 
@@ -426,16 +433,17 @@ class ClientCore:
             self._hold_until = now + self._request_backoff.delay(1.0, hint)
         return []
 
-    def _resolve_doubts(self) -> list[Effect]:
+    def _resolve_doubts(self, now: float) -> list[Effect]:
         """`unknown_ask` for a repeated answer: it was taken the first time, if the log says that it was ours."""
         assert self.hello is not None
         effects: list[Effect] = []
-        for request, frame in list(self._doubts):
+        for doubt in list(self._doubts):
+            request, frame, until = doubt
             assert isinstance(request.frame, m.Answer)
             answered = self._answers.get(request.frame.ask_id)
-            if answered is None and self._seen < self.hello.head:
+            if answered is None and (now < until or self._seen < self.hello.head):
                 continue
-            self._doubts.remove((request, frame))
+            self._doubts.remove(doubt)
             if answered is not None and answered.by in self._connection_ids:
                 effects += self._settle(request, result=m.AnswerOk(ask_id=request.frame.ask_id))
             else:
@@ -489,7 +497,7 @@ class ClientCore:
     def fail_all(self, error: Callable[[], ClientError]) -> list[Effect]:
         """The session is over: every request gets an error of its own."""
         effects: list[Effect] = []
-        for request in [*self._messages.values(), *self._controls, *(doubted for doubted, _ in self._doubts)]:
+        for request in [*self._messages.values(), *self._controls, *(doubt[0] for doubt in self._doubts)]:
             effects += self._settle(request, error=error())
         self._doubts.clear()
         return effects
@@ -514,7 +522,10 @@ class ClientCore:
             payloads.append(request.payload)
             if kind is m.ClientSignal:
                 effects += self._settle(request, result=True)
-        again = self._write_messages(now, payloads, effects)
+        effects += self._resolve_doubts(now)
+        again = min(
+            [self._write_messages(now, payloads, effects), *(max(now, until) + 0.1 for *_, until in self._doubts)]
+        )
         return payloads, effects, again
 
     def _write_messages(self, now: float, payloads: list[bytes], effects: list[Effect]) -> float:

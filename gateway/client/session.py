@@ -11,18 +11,18 @@ import random
 import ssl
 import uuid
 import weakref
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from math import inf
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import trio
 
 from gateway._version import __version__
 from gateway.client.core import ClientCore
+from gateway.client.feed import Feed
 from gateway.client.seam import Connect, Socket, Token
-from gateway.client.states import Connection, Effect, Joined, Noticed, Request, Settled, Statistics
+from gateway.client.states import Connection, Effect, Joined, Noticed, Request, Retry, Settled, Statistics
 from gateway.errors import ClientError, ConnectionLost, FrameError, SessionClosed, SessionRefused
 from gateway.protocol import codec
 from gateway.protocol.cursor import Backoff
@@ -56,11 +56,6 @@ REFUSAL_GRACE_S = 1.0
 
 LEAVE_S = 3.0
 """For the gateway's `left`; after it the connection is closed without."""
-
-NOTICES = 64
-"""Kept per reader of notices or states; they are ephemeral, and the oldest goes first."""
-
-T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -147,26 +142,6 @@ async def open_session(
             session._finish(SessionClosed("the block of open_session was left"))
 
 
-class _Feed(Generic[T]):
-    """One reader's view of something that is told to many: the newest `NOTICES` things it has not read yet."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self.items: deque[T] = deque(maxlen=NOTICES)
-
-    def __aiter__(self) -> _Feed[T]:
-        return self
-
-    async def __anext__(self) -> T:
-        """Wait for the next. Ends when the session is over. Cancelling is safe."""
-        await trio.lowlevel.checkpoint()
-        while not self.items:
-            if self._session._end is not None:
-                raise StopAsyncIteration
-            await self._session._news.wait()
-        return self.items.popleft()
-
-
 class Session:
     """A session with an agent, from `open_session`. Usable by many tasks; events go to one of them.
 
@@ -195,8 +170,8 @@ class Session:
         self._news = trio.Event()
         self._scope = trio.CancelScope()
         self._waiters: dict[Request, trio.Event] = {}
-        self._states: weakref.WeakSet[_Feed[Connection]] = weakref.WeakSet()
-        self._notices: weakref.WeakSet[_Feed[Signal | Presence]] = weakref.WeakSet()
+        self._states: weakref.WeakSet[Feed[Connection]] = weakref.WeakSet()
+        self._notices: weakref.WeakSet[Feed[Signal | Presence]] = weakref.WeakSet()
 
     # --- what it knows ---
 
@@ -280,14 +255,14 @@ class Session:
 
         A reader that falls behind misses the oldest ones.
         """
-        feed: _Feed[Connection] = _Feed(self)
+        feed: Feed[Connection] = Feed(lambda: None if self._end else self._news)
         feed.items.append(self._connection)
         self._states.add(feed)
         return feed
 
     def notices(self) -> AsyncIterator[Signal | Presence]:
         """Iterate over signals of other connections, and over who joins and leaves. Ephemeral: some may be missing."""
-        feed: _Feed[Signal | Presence] = _Feed(self)
+        feed: Feed[Signal | Presence] = Feed(lambda: None if self._end else self._news)
         self._notices.add(feed)
         return feed
 
@@ -472,7 +447,7 @@ class Session:
         core = self._core
         try:
             with self._scope:
-                while True:
+                while self._end is None:
                     if not core.wants_input:
                         # No room for events, and nobody waits for an answer: a line would only be stalled.
                         self._show(Connection(phase="waiting", reason="events wait to be taken"))
@@ -480,25 +455,26 @@ class Session:
                             await self._work.wait()
                     self._show(Connection(phase="connecting", attempt=core.attempt))
                     lost = await self._connect_once()
+                    retry = None if lost is None else self._judge(lost)
                     self._apply(core.close())
-                    if lost is not None:
-                        await self._wait_after(lost)
+                    if retry is not None:
+                        self._show(
+                            Connection(phase="waiting", seconds=retry.delay, reason=retry.reason, attempt=core.attempt)
+                        )
+                        await trio.sleep(retry.delay)
         finally:
             self._finish(SessionClosed("the session has ended"))
 
-    async def _wait_after(self, lost: ConnectionLost) -> None:
-        """Wait until it is time to connect again; or finish, if it never is."""
+    def _judge(self, lost: ConnectionLost) -> Retry | None:
+        """When to connect again; or None: the session is over, before its requests are told of a mere broken line."""
         status = lost.status if isinstance(lost, UpgradeRefused) else None
         verdict = self._core.judge(
             lost.code, lost.reason, now=trio.current_time(), chance=self._chance(), status=status
         )
-        if isinstance(verdict, SessionRefused):
-            self._finish(verdict)
-        else:
-            self._show(
-                Connection(phase="waiting", seconds=verdict.delay, reason=verdict.reason, attempt=self._core.attempt)
-            )
-            await trio.sleep(verdict.delay)
+        if isinstance(verdict, Retry):
+            return verdict
+        self._finish(verdict)
+        return None
 
     async def _connect_once(self) -> ConnectionLost | None:
         """One connection from dialling to its end. Returns how it was lost, or None if we ended it."""

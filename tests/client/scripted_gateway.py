@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import trio
-import trio.testing
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_stream
 
 from gateway.client import Session, open_session
 from gateway.transport.dial import ClientSocket, dial
+from gateway.transport.memory import memory_pair
 
 URL = "ws://gateway/ws"
 
@@ -92,11 +92,9 @@ class Line:
 
     async def linger(self) -> None:
         """Stay silent until the client has gone."""
-        try:
+        with suppress(ConnectionClosed):
             while True:
                 await self.hear()
-        except ConnectionClosed:
-            pass
 
     @property
     def closed_with(self) -> int | None:
@@ -118,7 +116,7 @@ class ScriptedGateway:
     @asynccontextmanager
     async def connect(self, url: str, **options: Any) -> AsyncIterator[ClientSocket]:
         self.dialled_at.append(trio.current_time())
-        near, far = trio.testing.memory_stream_pair()
+        near, far = memory_pair()
         if self.scripts:
             self._nursery.start_soon(self._serve, far, self.scripts.pop(0))
         async with dial(url, stream=near, **options) as socket:
@@ -131,7 +129,7 @@ class ScriptedGateway:
             self.lines.append(line)
             try:
                 await script(line)
-            except ConnectionClosed:
+            except* ConnectionClosed:
                 pass
             nursery.cancel_scope.cancel()
 
