@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import attrs
@@ -294,17 +294,23 @@ def decode_client(raw: bytes) -> list[m.ClientFrame | FrameError]:
 
     A JSON array is a batch; one bad member does not spoil the others.
     """
+    return list(iter_client(raw))
+
+
+def iter_client(raw: bytes) -> Iterator[m.ClientFrame | FrameError]:
+    """`decode_client`, one frame at a time: a batch of 1 MiB may hold half a million, and take seconds as a whole."""
     try:
         value = parse_json(raw, MAX_GIVEN_DEPTH)
     except FrameError as exc:
-        return [exc]
-    result: list[m.ClientFrame | FrameError] = []
+        yield exc
+        return
     for item in value if type(value) is list else (value,):
         try:
-            result.append(_read(item, m.CLIENT_FRAMES))
+            frame = _read(item, m.CLIENT_FRAMES)
         except FrameError as exc:
-            result.append(exc)
-    return result
+            yield exc
+        else:
+            yield frame
 
 
 _FROM_SERVER: dict[str, type[Any]] = {**m.EVENTS, **m.SERVER_FRAMES}

@@ -18,6 +18,10 @@ class Identity:
     subject: str
     expires_at: int | None = None
 
+    def expired(self, now: int) -> bool:
+        """Whether it may no longer be believed at `now` (ms)."""
+        return self.expires_at is not None and self.expires_at <= now
+
 
 Authenticate = Callable[[str | None], Awaitable[Identity]]
 """Turns a token (None if the client sent none) into an `Identity`, or raises `unauthorized`."""
@@ -25,12 +29,13 @@ Authenticate = Callable[[str | None], Awaitable[Identity]]
 ANONYMOUS = "anonymous"
 
 
-def unauthorized(why: str) -> HandshakeRefused:
+def unauthorized(why: str, *, close_reason: str = "unauthorized") -> HandshakeRefused:
     """The refusal of a token."""
     return HandshakeRefused(
         "unauthorized",
         why,
         close_code=4401,
+        close_reason=close_reason,
         next_step="Get a valid token and send it in the hello, as Authorization: Bearer, or as a subprotocol.",
     )
 

@@ -3,10 +3,12 @@
 Theory of operation
 -------------------
 Reading: one task waits for text messages and handles each inline. No handler waits for anything, so an abort never
-stands behind a turn, an inbox or a slow socket (DESIGN property 7).
+stands behind a turn, an inbox or a slow socket (DESIGN property 7). A long array is read piece by piece, with pauses
+in which everyone else is served.
 
 Writing: there is no queue of events. `cursor` says what the client has; `flush`, called by the flusher, takes what
-follows it in the log. Frames without a number wait in `_control`, bounded in count, and go before events.
+follows it in the log. Frames without a number wait in `_control`, bounded in count and bytes, and go before events.
+Whoever writes many of them in one step must not look slow for it, so a long queue is written before it is judged.
 
     snapshot: the cursor moves to the log's head in the step that encodes it, so nothing is lost or repeated at the seam
 
@@ -48,7 +50,7 @@ from gateway.protocol.messages import (
     ServerPong,
 )
 from gateway.protocol.states import Do, On, State, step
-from gateway.server.auth import Identity, origin_allowed
+from gateway.server.auth import Identity, origin_allowed, unauthorized
 from gateway.session import Session
 from gateway.transport.frames import text_frames
 from gateway.transport.websocket import Phase, ServerWebSocket
@@ -60,7 +62,17 @@ FLUSH_BYTES = 64 * 1024
 """Events written to one connection in one pass: a long replay takes turns with everyone else's live events."""
 
 BEHIND_FRAMES = 32
-"""Unsent replies from which on a client counts as behind, and droppable frames are dropped."""
+"""Unsent replies from which on they are written at once, without waiting for the flusher. If the socket does not take
+them the client counts as behind, and droppable frames are dropped."""
+
+YIELD_EVERY = 32
+"""Frames of one message handled between two checkpoints: an array of 1 MiB can hold half a million."""
+
+MAX_ID = 128
+"""Characters of a turn's or ask's id in a client's frame. Ours are shorter; errors repeat them."""
+
+EVENT_OVERHEAD = 1024
+"""Bytes that an event may need besides what a client sent: its numbers, names and ids of ours."""
 
 _log = structlog.get_logger(__name__)
 
@@ -77,8 +89,12 @@ class Connection:
         self._session: Session | None = None
         self._identity: Identity | None = None
         self._control: list[bytes] = []
+        self._control_bytes = 0
+        # One frame each for hello_ok and snapshot, and replies up to what a client may be behind.
+        self._max_control_bytes = 2 * self._limits.max_frame_bytes + self._limits.max_buffered_bytes
         self._resync: ResyncReason | None = None
-        self._batch = False
+        self._large = False
+        """Whether the message at hand is so large that what is made of it may not fit into a frame."""
         self._protocol_errors = 0
         self._refreshing = False
         self._baseline = 0
@@ -95,29 +111,50 @@ class Connection:
     async def run(self) -> None:
         """Handshake, then read until the end; the session is left whatever the reason. Cancelling closes hard."""
         ws = self._ws
+        self._gateway.opened(self)
         try:
-            rest = await self._join()
-            self._handle_all(rest)
+            await self._join()
             while True:
                 batch = await ws.get_many()
                 self.heard_at = trio.current_time()
-                self._handle_all(batch)
+                for raw in batch:
+                    await self._handle(raw)
         except ConnectionLost:
             pass
         except HandshakeRefused as refused:
             self._end_with(handshake.hello_error(refused), refused.close_code, refused.close_reason)
+        except Exception as exc:
+            # A bug of ours or of an authenticator's: this connection ends with 1011, the others do not notice.
+            self.crashed(exc)
         finally:
             self._detach()
+
+    def crashed(self, exc: Exception) -> None:
+        """Something failed that must not: log it and close this connection alone."""
+        self._gateway.crashed_connections += 1
+        _log.error("connection_failed", peer=self._ws.peer, exc_info=exc)
+        if self._state is State.HANDSHAKE:
+            refused = HandshakeRefused(
+                "internal",
+                "the gateway failed while it handled this hello",
+                close_code=1011,
+                close_reason="internal",
+                next_step="Try again later.",
+                retryable=True,
+                retry_after_ms=1_000,
+            )
+            self._end_with(handshake.hello_error(refused), refused.close_code, refused.close_reason)
+        else:
+            self.close(1011, "internal")
 
     def _detach(self) -> None:
         # Synchronous, so it happens even when the connection is cancelled.
         ws = self._ws
         self._state, _ = step(self._state, On.LOST)
+        self._control = []
         if self._session is not None:
             self._session.detach(self, ws.close_code or 1006, ws.close_reason)
-            self._gateway.joined.discard(self)
-            self._gateway.progress.unpark_all()
-        self._gateway.blocked.discard(self)
+        self._gateway.ended(self)
 
     def close(self, code: int, reason: str) -> None:
         """End the connection: no frame is taken or delivered from now on. Never waits."""
@@ -130,8 +167,7 @@ class Connection:
         """Send a last frame behind everything unsent, then close."""
         if self._ws.phase is Phase.OPEN:
             self._control.append(codec.encode_frame(frame))
-            self._ws.send_nowait(self._control)
-            self._control = []
+            self._write_control()
         self.close(code, reason)
 
     def session_failed(self) -> None:
@@ -140,16 +176,15 @@ class Connection:
 
     # joining
 
-    async def _join(self) -> list[bytes]:
-        """Take the first frame and attach to a session; returns what came right behind it."""
+    async def _join(self) -> None:
+        """Take the first frame and attach to a session."""
         ws, limits = self._ws, self._limits
-        ws.max_message_bytes = limits.max_handshake_bytes
         with trio.move_on_after(limits.handshake_timeout_ms / 1000):
-            first, *rest = await ws.get_many()
+            (first,) = await ws.get_many()
             hello = handshake.read_hello(first)
             version = handshake.negotiate(hello)
             await self._admit(hello, version)
-            return rest
+            return
         if self._session is None:
             self.close(4408, "handshake_timeout")
         raise ConnectionLost(4408, "handshake_timeout")
@@ -163,22 +198,13 @@ class Connection:
                 close_code=4403,
                 next_step="Add the page's origin to server.allowed_origins.",
             )
-        if gateway.draining:
-            raise gateway.refuse_draining()
-        if len(gateway.joined) >= self._limits.max_connections:
-            raise HandshakeRefused(
-                "too_many_connections",
-                f"{self._limits.max_connections:,} connections are open (limits.max_connections)",
-                close_code=4429,
-                next_step="Try again later.",
-                retryable=True,
-                retry_after_ms=5_000,
-            )
+        gateway.check_admission()
         identity = await gateway.authenticate(self._token(hello))
+        if identity.expired(gateway.sources.now_ms()):
+            raise unauthorized("the token has expired", close_reason="token_expired")
         session, existed = await gateway.registry.join(hello, identity.subject)
         # No await from here on: the session may not be put to rest, and position and log must agree.
-        if gateway.draining:
-            raise gateway.refuse_draining()
+        gateway.check_admission()
         if len(session.readers) >= self._limits.max_connections_per_session:
             raise HandshakeRefused(
                 "too_many_connections",
@@ -194,7 +220,6 @@ class Connection:
             subject=identity.subject,
             joined_at=gateway.sources.now_ms(),
         )
-        self._batch = "batch" in hello.capabilities
         self._state, _ = step(self._state, On.HELLO)
         log = session.log
         position = handshake.position_for(
@@ -204,7 +229,7 @@ class Connection:
         self._session = session
         gateway.joined.add(self)
         self._on_joined()
-        ws.max_message_bytes = self._limits.max_payload
+        ws.release(self._limits.max_payload)
         self.cursor = position.cursor
         self._baseline = log.head
         credit = session.credit
@@ -247,19 +272,22 @@ class Connection:
 
     # reading
 
-    def _handle_all(self, batch: list[bytes]) -> None:
-        for raw in batch:
-            for frame in codec.decode_client(raw):
-                if self._state is not State.JOINED:
-                    return
-                if isinstance(frame, FrameError):
-                    self._protocol_error(frame.code, frame.message, frame.request_id)
-                    continue
+    async def _handle(self, raw: bytes) -> None:
+        """Handle one text message: a frame, or an array of them."""
+        self._large = 6 * len(raw) > self._limits.max_frame_bytes - EVENT_OVERHEAD
+        for number, frame in enumerate(codec.iter_client(raw), 1):
+            if self._state is not State.JOINED:
+                return
+            if isinstance(frame, FrameError):
+                self._protocol_error(frame.code, frame.message, frame.request_id)
+            else:
                 self._state, do = step(self._state, On.HELLO if type(frame) is Hello else On.FRAME)
                 if do is Do.ALREADY_JOINED:
                     self._protocol_error("already_joined", "this connection has joined a session; open another one")
                 else:
                     _HANDLERS[type(frame)](self, frame)
+            if number % YIELD_EVERY == 0:
+                await trio.lowlevel.checkpoint()
 
     def _protocol_error(self, code: str, message: str, request_id: str | None = None) -> None:
         self._protocol_errors += 1
@@ -271,22 +299,40 @@ class Connection:
 
     def _message(self, frame: Message) -> None:
         assert self._session is not None
-        if len(frame.content) * 6 > self._limits.max_frame_bytes - 4096:
-            # Only then can the event be too large for a frame; only then is it worth measuring.
-            size = len(codec.check_json([frame.content, frame.metadata]))
-            if size > self._limits.max_frame_bytes - 1024:
-                message = f"field 'content': {size:,} bytes with metadata do not fit into an event"
-                self._protocol_error("invalid_frame", message, frame.request_id)
-                return
-        self._session.submit(frame, self)
+        size = self._too_large(frame.request_id, frame.content, frame.metadata, self.member.subject)
+        if size:
+            message = f"field 'content': {size:,} bytes with metadata do not fit into an event"
+            self._protocol_error("invalid_frame", message, frame.request_id)
+        else:
+            self._session.submit(frame, self)
 
     def _abort(self, frame: Abort) -> None:
         assert self._session is not None
-        self._session.abort(frame, self)
+        if self._ids_fit(turn_id=frame.turn_id, request_id=frame.request_id):
+            self._session.abort(frame, self)
 
     def _answer(self, frame: Answer) -> None:
         assert self._session is not None
-        self._session.answer(frame, self)
+        size = self._too_large(frame.value)
+        if size:
+            self._protocol_error("invalid_frame", f"field 'value': {size:,} bytes do not fit into an event")
+        elif self._ids_fit(ask_id=frame.ask_id):
+            self._session.answer(frame, self)
+
+    def _too_large(self, *parts: Any) -> int:
+        """0 if `parts` fit into an event, else their size as JSON."""
+        if not self._large:
+            return 0  # JSON written anew grows sixfold at most: nothing in this message can be too large
+        size = len(codec.check_json(parts))
+        return size if size > self._limits.max_frame_bytes - EVENT_OVERHEAD else 0
+
+    def _ids_fit(self, **ids: str | None) -> bool:
+        for name, value in ids.items():
+            if value is not None and len(value) > MAX_ID:
+                message = f"field {name!r}: expected at most {MAX_ID} characters, got {len(value):,}"
+                self._protocol_error("invalid_frame", message)
+                return False
+        return True
 
     def _signal(self, frame: ClientSignal) -> None:
         assert self._session is not None
@@ -312,27 +358,43 @@ class Connection:
 
     async def _finish_refresh(self, token: str) -> None:
         try:
-            identity = await self._gateway.authenticate(token)
-        except HandshakeRefused as refused:
-            self._push(Error(code="token_rejected", message=refused.message))
-            return
+            self._push(await self._judge_refresh(token))
         finally:
             self._refreshing = False
+
+    async def _judge_refresh(self, token: str) -> Refreshed | Error:
+        """The answer to a `refresh`; adopts the new identity if it is good. Bounded in time."""
+        identity: Identity | None = None
+        try:
+            with trio.move_on_after(self._limits.handshake_timeout_ms / 1000):
+                identity = await self._gateway.authenticate(token)
+        except HandshakeRefused as refused:
+            return Error(code="token_rejected", message=refused.message)
+        except Exception as exc:
+            _log.error("authenticator_failed", peer=self._ws.peer, exc_info=exc)
+        if identity is None:
+            return Error(code="unavailable", message="the token cannot be checked now; try again", retryable=True)
         old = self._identity
         assert old is not None
         if identity.subject != old.subject:
-            self._push(Error(code="token_rejected", message="field 'token': belongs to another subject"))
-        elif old.expires_at is not None and identity.expires_at is not None and identity.expires_at < old.expires_at:
-            self._push(Error(code="token_rejected", message="field 'token': expires before the present one"))
-        else:
-            self._identity = identity
-            self._push(Refreshed(expires_at=identity.expires_at))
+            return Error(code="token_rejected", message="field 'token': belongs to another subject")
+        # The same token again is no error: a client may not have seen the first answer.
+        sooner = identity.expires_at is not None and (old.expires_at is None or identity.expires_at < old.expires_at)
+        if sooner or identity.expired(self._gateway.sources.now_ms()):
+            return Error(code="token_rejected", message="field 'token': expires before the present one")
+        self._identity = identity
+        return Refreshed(expires_at=identity.expires_at)
 
     def _leave(self, frame: Leave) -> None:
         self._end_with(Left(), 1000, "left")
 
     def _ping(self, frame: Ping) -> None:
-        self._push(ServerPong(nonce=frame.nonce))
+        size = len(codec.check_json(frame.nonce)) if frame.nonce is not None else 0
+        if size > self._limits.max_signal_bytes:
+            message = f"field 'nonce': expected at most {self._limits.max_signal_bytes:,} bytes, got {size:,}"
+            self._protocol_error("invalid_frame", message)
+        else:
+            self._push(ServerPong(nonce=frame.nonce))
 
     def _pong(self, frame: Pong) -> None:
         pass  # that it came is what counts, and that was noted
@@ -345,55 +407,79 @@ class Connection:
 
     def push(self, frame: ServerFrame) -> None:
         """Send a frame without a number (see `session.Reader.push`)."""
-        if frame.droppable and (self._ws.blocked or len(self._control) >= BEHIND_FRAMES):
+        if frame.droppable and self._behind:
             self._gateway.dropped_frames += 1
-            return
-        self._push(frame)
+        else:
+            self._push(frame)
+
+    @property
+    def _behind(self) -> bool:
+        """Whether the client does not keep up: its socket takes no more, as far as anyone has tried."""
+        if len(self._control) >= BEHIND_FRAMES and not self._ws.blocked:
+            self._write_control()
+        return self._ws.blocked
 
     def _push(self, frame: ServerFrame) -> None:
         self._push_bytes(codec.encode_frame(frame))
 
     def _push_bytes(self, data: bytes) -> None:
-        if self._ws.phase is not Phase.OPEN:
+        if self._ws.phase is not Phase.OPEN or self._state is not State.JOINED:
             return
         self._control.append(data)
-        if len(self._control) > self._limits.max_control_frames:
-            self._control.clear()
+        self._control_bytes += len(data)
+        if self._behind and (
+            len(self._control) > self._limits.max_control_frames or self._control_bytes > self._max_control_bytes
+        ):
+            self._control = []
+            self._control_bytes = 0
             self.close(1013, "overloaded")
-            return
-        self.wake()
+        else:
+            self.wake()
+
+    def _write_control(self) -> None:
+        """Write the frames without a number, as far as the kernel takes them. Order is kept: they go before events."""
+        control, self._control, self._control_bytes = self._control, [], 0
+        self._ws.send_nowait(control)
+        self._written()
+
+    def _written(self) -> None:
+        self.sent_at = trio.current_time()
+        if self._ws.blocked:
+            self._gateway.blocked.add(self)
 
     def flush(self) -> None:
         """Write what the client has yet to get, as far as the kernel takes it. Called by the flusher alone."""
         ws, session = self._ws, self._session
         if self._gateway.draining:
             self._gateway.progress.unpark_all()
-        if ws.blocked or ws.phase is not Phase.OPEN:
+        if ws.phase is not Phase.OPEN or self._state is not State.JOINED or session is None:
+            return
+        if ws.blocked:
+            # By a write of ours, or by a reply to a WebSocket ping: either way the watch has to look.
+            self._gateway.blocked.add(self)
             return
         frames = b""
         if self._control:
             frames = text_frames(self._control)
             self._control = []
-        if session is not None:
-            log = session.log
-            if self._resync is not None or self.cursor < log.floor:
-                reason = self._resync or "cursor_expired"
-                self._resync = None
-                frames += text_frames([session.snapshot(reason)])
-                self.cursor = self._baseline = log.head
-            elif self.cursor < log.head:
-                chunk = log.read(self.cursor, FLUSH_BYTES)
-                events = self._gateway.flusher.frames(chunk)
-                frames = frames + events if frames else events
-                # Invariant: the cursor only moves forward, and only past what is in the connection's FIFO or socket.
-                assert chunk.cursor > self.cursor or not chunk.payloads
-                self.cursor = chunk.cursor
+            self._control_bytes = 0
+        log = session.log
+        if self._resync is not None or self.cursor < log.floor:
+            reason = self._resync or "cursor_expired"
+            self._resync = None
+            frames += text_frames([session.snapshot(reason)])
+            self.cursor = self._baseline = log.head
+        elif self.cursor < log.head:
+            chunk = log.read(self.cursor, FLUSH_BYTES)
+            events = self._gateway.flusher.frames(chunk)
+            frames = frames + events if frames else events
+            # Invariant: the cursor only moves forward, and only past what is in the connection's FIFO or socket.
+            assert chunk.cursor > self.cursor or not chunk.payloads
+            self.cursor = chunk.cursor
         if frames:
             ws.send_frames_nowait(frames)
-            self.sent_at = trio.current_time()
-            if ws.blocked:
-                self._gateway.blocked.add(self)
-            elif session is not None and self.cursor < session.log.head:
+            self._written()
+            if not ws.blocked and self.cursor < log.head:
                 self.wake()
 
     # the watch
@@ -409,7 +495,7 @@ class Connection:
         elif now - ws.blocked_since >= limits.slow_grace_ms / 1000:
             enough = limits.max_buffered_bytes
             left = self._session.log.backlog(max(self.cursor, self._baseline), enough)
-            if left + sum(map(len, self._control)) > enough:
+            if left + self._control_bytes > enough:
                 self.close(1013, "slow_consumer")
 
     def check_alive(self, now: float, now_ms: int) -> None:
@@ -417,7 +503,7 @@ class Connection:
         silence = self._limits.heartbeat_ms / 1000
         if now - self.heard_at >= 2 * silence:
             self.close(4408, "heartbeat_timeout")
-        elif self._identity is not None and (self._identity.expires_at or now_ms + 1) <= now_ms:
+        elif self._identity is not None and self._identity.expired(now_ms):
             self.close(4401, "token_expired")
         elif now - self.sent_at >= silence and not self._ws.blocked:
             self.sent_at = now
@@ -425,10 +511,11 @@ class Connection:
 
     @property
     def settled(self) -> bool:
-        """Whether everything for this client has been handed to the kernel."""
-        if self._ws.phase is not Phase.OPEN:
+        """Whether everything for this client has been handed to the kernel, replies on their way included."""
+        session = self._session
+        if self._ws.phase is not Phase.OPEN or session is None:
             return True
-        behind = self._session is not None and self.cursor < self._session.log.head
+        behind = self.cursor < session.log.head or not session.publisher.idle
         return not self._control and not self._ws.blocked and not behind
 
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-import structlog
 import trio
 
 from gateway.protocol.log import Chunk
@@ -29,8 +28,6 @@ GAP_MOST = 0.005
 GAP_LEAST = 0.0005
 """Seconds. Three quarters of the time for everything else; 5 ms is below what a reader of text can see."""
 
-_log = structlog.get_logger(__name__)
-
 
 class Flushable(Protocol):
     dirty: bool
@@ -38,8 +35,8 @@ class Flushable(Protocol):
     def flush(self) -> None:
         """Write what there is, without waiting."""
 
-    def close(self, code: int, reason: str) -> None:
-        """End the connection."""
+    def crashed(self, exc: Exception) -> None:
+        """`flush` failed: end the connection."""
 
 
 class Flusher:
@@ -85,8 +82,7 @@ class Flusher:
                     connection.flush()
                 except Exception as exc:
                     # One connection's fault is not the others': they are served, it is closed.
-                    _log.error("flush_failed", exc_info=exc)
-                    connection.close(1011, "internal")
+                    connection.crashed(exc)
             self._framed = None
             gap = min(GAP_MOST, GAP_FACTOR * (timer() - started))
             if self._fresh > 1 and gap >= GAP_LEAST:

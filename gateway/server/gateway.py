@@ -20,7 +20,7 @@ from attrs import frozen
 from gateway._version import __version__
 from gateway.agents import as_agent
 from gateway.config import Config
-from gateway.errors import ConfigError, HandshakeRefused
+from gateway.errors import ConfigError, ConnectionLost, GatewayError, HandshakeRefused
 from gateway.protocol import codec
 from gateway.protocol.messages import GoAway, Policy, ServerInfo
 from gateway.server.auth import Authenticate, anyone, by_token
@@ -31,12 +31,16 @@ from gateway.session import Registered, Registry, Sources
 from gateway.store import SessionRecord, Store, open_store
 from gateway.transport.memory import MemoryByteStream, memory_pair
 from gateway.transport.streams import ByteStream
+from gateway.transport.tasks import open_plain_nursery
 
 RECONNECT_SPREAD_MS = 5_000
 """Clients told to go away come back within so many ms, each at its own moment: 10,000 of them make 2,000 a second."""
 
 SETTLE_SECONDS = 1.0
 """For replies that are not sent yet, before connections are closed in a drain."""
+
+SETTLE_LOOK = 0.05
+"""How often a drain looks again although no connection made progress."""
 
 _log = structlog.get_logger(__name__)
 
@@ -79,6 +83,8 @@ class Gateway:
         self.flusher = Flusher(sources.timer)
         self.registry = Registry(nursery, agents, store, limits, sources, may_share=may_share)
         self.admission = Admission(limits.max_pending_handshakes, limits.max_pending_handshakes_per_peer)
+        self.connections: set[Connection] = set()
+        """Every open WebSocket, joined or not."""
         self.joined: set[Connection] = set()
         self.blocked: set[Connection] = set()
         self.draining = False
@@ -91,7 +97,10 @@ class Gateway:
         self._nursery = nursery
         self._connections: trio.Nursery | None = None
         self._serving = 0
+        self._upgrading: dict[trio.lowlevel.Task, trio.CancelScope] = {}
+        """Sockets without a WebSocket yet, by the task that serves them: a drain does not wait for their requests."""
         self._listeners: list[trio.SocketListener] = []
+        self._address: tuple[str, int] | None = None
         self.progress = trio.lowlevel.ParkingLot()
         """Where a drain waits: woken whenever a connection was flushed or has ended."""
         self._drained = trio.Event()
@@ -101,9 +110,14 @@ class Gateway:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port of the first listening socket."""
-        name = self._listeners[0].socket.getsockname()
-        return str(name[0]), int(name[1])
+        """Host and port of the first listening socket.
+
+        Raises:
+            GatewayError: the gateway was opened with ``listen=False``.
+        """
+        if self._address is None:
+            raise GatewayError("this gateway does not listen (listen=False); use connect()")
+        return self._address
 
     @property
     def url(self) -> str:
@@ -128,7 +142,13 @@ class Gateway:
         )
 
     def connect(self) -> MemoryByteStream:
-        """A client's end of a connection in memory, for ``open_session(..., stream=...)``. No port is involved."""
+        """A client's end of a connection in memory, for ``open_session(..., stream=...)``. No port is involved.
+
+        Raises:
+            ConnectionLost: the gateway has drained.
+        """
+        if self._drained.is_set():
+            raise ConnectionLost(1012, "restart")
         client, server = memory_pair()
         self.serve(server)
         return client
@@ -151,6 +171,33 @@ class Gateway:
 
     # what connections use
 
+    def opened(self, connection: Connection) -> None:
+        """A WebSocket is open; called by the task that serves it."""
+        self._upgrading.pop(trio.lowlevel.current_task(), None)
+        self.connections.add(connection)
+
+    def ended(self, connection: Connection) -> None:
+        """A connection is over, but for its closing handshake."""
+        self.connections.discard(connection)
+        self.joined.discard(connection)
+        self.blocked.discard(connection)
+        self.progress.unpark_all()
+
+    def check_admission(self) -> None:
+        """Raise `HandshakeRefused` if nobody, or nobody else, may join now."""
+        if self.draining:
+            raise self._refuse_draining()
+        most = self.config.limits.max_connections
+        if len(self.joined) >= most:
+            raise HandshakeRefused(
+                "too_many_connections",
+                f"{most:,} connections are open (limits.max_connections)",
+                close_code=4429,
+                next_step="Try again later.",
+                retryable=True,
+                retry_after_ms=5_000,
+            )
+
     def spawn(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
         """Run a small task of a connection under a crash barrier."""
         self._nursery.start_soon(self._guarded, function, *args)
@@ -167,7 +214,7 @@ class Gateway:
         if key in self._closes or len(self._closes) < 64:
             self._closes[key] = self._closes.get(key, 0) + 1
 
-    def refuse_draining(self) -> HandshakeRefused:
+    def _refuse_draining(self) -> HandshakeRefused:
         return HandshakeRefused(
             "draining",
             "the gateway is stopping",
@@ -180,12 +227,19 @@ class Gateway:
 
     # life
 
-    async def _listen(self) -> None:
-        server, limits = self.config.server, self.config.limits
-        self._listeners = await bind(server.host, server.port)
+    def _accept(self, listeners: list[trio.SocketListener]) -> None:
         assert self._connections is not None
+        self._listeners = listeners
+        if listeners:
+            host, port, *_ = listeners[0].socket.getsockname()
+            self._address = str(host), int(port)
+        for listener in listeners:
+            # Owned by the connection nursery; ends when the listener is closed.
+            self._connections.start_soon(accept_forever, listener, self.config.limits.send_buffer_bytes, self.serve)
+
+    def _stop_accepting(self) -> None:
         for listener in self._listeners:
-            self._connections.start_soon(accept_forever, listener, limits.send_buffer_bytes, self.serve)
+            listener.socket.close()
 
     def serve(self, stream: ByteStream) -> None:
         """Serve a client on a byte stream, which is the gateway's from now on. Never waits."""
@@ -196,8 +250,11 @@ class Gateway:
 
     async def _serve_one(self, stream: ByteStream) -> None:
         try:
-            await serve_stream(self, stream)
+            with trio.CancelScope() as scope:
+                self._upgrading[trio.lowlevel.current_task()] = scope
+                await serve_stream(self, stream)
         finally:
+            self._upgrading.pop(trio.lowlevel.current_task(), None)
             self._serving -= 1
             if not self._serving:
                 self._all_gone.unpark_all()
@@ -213,15 +270,21 @@ class Gateway:
             await trio.sleep(min(pace, alive_every, rest_every))
             now = trio.current_time()
             for connection in list(self.blocked):
-                connection.check_blocked(now)
+                self._check(connection, connection.check_blocked, now)
             if now >= next_alive:
                 next_alive = now + alive_every
                 now_ms = self.sources.now_ms()
                 for connection in list(self.joined):
-                    connection.check_alive(now, now_ms)
+                    self._check(connection, connection.check_alive, now, now_ms)
             if now >= next_rest:
                 next_rest = now + rest_every
                 self.registry.rest_idle()
+
+    def _check(self, connection: Connection, check: Callable[..., None], *args: Any) -> None:
+        try:
+            check(*args)
+        except Exception as exc:
+            connection.crashed(exc)
 
     def _reconnect_after(self) -> int:
         return 100 + int(self.sources.chance() * RECONNECT_SPREAD_MS)
@@ -230,11 +293,15 @@ class Gateway:
         """Close admission and tell everyone. No await: nobody gets in between."""
         self.draining = True
         self.registry.begin_drain()
-        for listener in self._listeners:
-            listener.socket.close()
+        self._stop_accepting()
+        for scope in self._upgrading.values():
+            scope.cancel()
         timeout = self.config.server.drain_timeout_ms
-        for connection in list(self.joined):
-            connection.push(GoAway(reason=reason, reconnect_after_ms=self._reconnect_after(), deadline_ms=timeout))
+        for connection in list(self.connections):
+            if connection in self.joined:
+                connection.push(GoAway(reason=reason, reconnect_after_ms=self._reconnect_after(), deadline_ms=timeout))
+            else:
+                connection.close(1012, "restart")
 
     async def _drain(self) -> None:
         limits = self.config.limits
@@ -246,8 +313,10 @@ class Gateway:
                     nursery.start_soon(session.finish_turn, timeout)
         with trio.move_on_after(SETTLE_SECONDS):
             while not all(connection.settled for connection in self.joined):
-                await self.progress.park()
-        for connection in list(self.joined):
+                # Woken by progress on a connection; what a store is still writing tells nobody when there is none.
+                with trio.move_on_after(SETTLE_LOOK):
+                    await self.progress.park()
+        for connection in list(self.connections):
             connection.close(1012, "restart")
         with trio.move_on_after(2 * limits.close_timeout_ms / 1000):
             while self._serving:
@@ -301,8 +370,15 @@ async def open_gateway(
     if authenticate is None:
         authenticate = by_token(config.server.tokens) if config.server.tokens else anyone
     codec.structure_all()
-    async with store or open_store(config.store.url, config.limits) as opened:
-        async with trio.open_nursery() as nursery:
+    # Everything that can fail for a reason of the caller's does so before there is a nursery, which would wrap it.
+    listeners = await bind(config.server.host, config.server.port) if listen else []
+    try:
+        async with (
+            store or open_store(config.store.url, config.limits) as opened,
+            open_plain_nursery() as nursery,
+            # Inside, so that connections end before what serves them.
+            open_plain_nursery() as connections,
+        ):
             gateway = Gateway(
                 config,
                 registered,
@@ -312,15 +388,14 @@ async def open_gateway(
                 may_share=may_share,
                 sources=sources or Sources(),
             )
-            async with trio.open_nursery() as connections:
-                gateway._connections = connections
-                # All owned by the gateway's nurseries; they end when those are cancelled below.
-                nursery.start_soon(gateway.flusher.run)
-                nursery.start_soon(gateway._watch)
-                if listen:
-                    await gateway._listen()
-                nursery.start_soon(gateway.registry.resume_unfinished)
-                yield gateway
-                await gateway.drain()
-                connections.cancel_scope.cancel()
-            nursery.cancel_scope.cancel()
+            gateway._connections = connections
+            # All owned by the gateway's nurseries, which cancel them when the block is left.
+            nursery.start_soon(gateway.flusher.run)
+            nursery.start_soon(gateway._watch)
+            gateway.spawn(gateway.registry.resume_unfinished)
+            gateway._accept(listeners)
+            yield gateway
+            await gateway.drain()
+    finally:
+        for listener in listeners:
+            listener.socket.close()

@@ -148,6 +148,8 @@ async def _serve(gateway: Gateway, stream: ByteStream, leave: Callable[[], None]
         if ws.path != config.server.path:
             await ws.reject(404, f"no WebSocket here; connect to {config.server.path}\n".encode())
             return
+        # The hello has a limit of its own, and nothing more is kept for somebody who has not joined.
+        ws.hold = True
         await ws.accept(SUBPROTOCOL if SUBPROTOCOL in ws.subprotocols else None)
         connection = Connection(gateway, ws, on_joined=leave)
         await connection.run()

@@ -55,7 +55,9 @@ _HOST = re.compile(rb"\r\nhost:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
 
 READ_BYTES = 64 * 1024
 INBOX_MESSAGES = 1024
-"""Messages read ahead of the handler. It handles them without waiting, so this only bounds one scheduler pass."""
+INBOX_BYTES = 1024 * 1024
+"""Messages read ahead of the handler, and their bytes. It handles them without waiting, so this bounds little more than
+one scheduler pass: a long array is handled in several."""
 
 
 class Phase(IntEnum):
@@ -101,7 +103,8 @@ class _Wire(trio.abc.HalfCloseableStream):
             for_library = self._parse()
             if for_library:
                 return for_library
-            await ws._wait_inbox_room()
+            if await ws._wait_inbox_room():
+                continue  # what was held back is in the buffer
             try:
                 data = await self._stream.receive_some(READ_BYTES)
             except trio.BrokenResourceError:
@@ -144,7 +147,7 @@ class _Wire(trio.abc.HalfCloseableStream):
         buffer = self._buffer
         at = len(buffer) if self._garbage else 0
         try:
-            while (head := parse_head(buffer, at)) is not None:
+            while not ws._held and (head := parse_head(buffer, at)) is not None:
                 if not head.control and not self._wanted(head):
                     self._skip = max(0, head.end - len(buffer))
                     at = min(head.end, len(buffer))
@@ -217,6 +220,7 @@ class ServerWebSocket:
 
     Attributes:
         phase: where in its life it is.
+        hold: whether nothing behind the next message is looked at until `release`; set it before the message can come.
         blocked: whether something waits in the FIFO; then the kernel takes no more for now.
         blocked_since: when that began (trio time); meaningful while `blocked`.
         progress_at: when the kernel last took something (trio time).
@@ -236,6 +240,9 @@ class ServerWebSocket:
         self._max_queued_frames = max_queued_frames
         self._pumping = False
         self._inbox: list[bytes] = []
+        self._inbox_bytes = 0
+        self._held = False
+        self.hold = False
         self._arrived = trio.lowlevel.ParkingLot()
         self._taken = trio.lowlevel.ParkingLot()
         self._opened = trio.lowlevel.ParkingLot()
@@ -339,17 +346,31 @@ class ServerWebSocket:
             await self._arrived.park()
         if self._by_us:
             raise ConnectionLost(self.close_code or 1006, self.close_reason)
-        batch, self._inbox = self._inbox, []
+        batch, self._inbox, self._inbox_bytes = self._inbox, [], 0
         self._taken.unpark_all()
         return batch
 
+    def release(self, max_message_bytes: int) -> None:
+        """End a `hold`: what follows is read, with this limit."""
+        self.max_message_bytes = max_message_bytes
+        self.hold = self._held = False
+        self._taken.unpark_all()
+
     def _put(self, message: bytes) -> None:
         self._inbox.append(message)
+        self._inbox_bytes += len(message)
+        self._held = self.hold
         self._arrived.unpark_all()
 
-    async def _wait_inbox_room(self) -> None:
-        while len(self._inbox) >= INBOX_MESSAGES and self.phase is Phase.OPEN:
+    async def _wait_inbox_room(self) -> bool:
+        """Wait until the handler has room; says whether that took any waiting."""
+        waited = False
+        while self.phase is Phase.OPEN and (
+            self._held or len(self._inbox) >= INBOX_MESSAGES or self._inbox_bytes >= INBOX_BYTES
+        ):
+            waited = True
             await self._taken.park()
+        return waited
 
     async def _collect_message(self) -> None:
         """Take the message that the library has put together of fragments."""
@@ -469,6 +490,7 @@ class ServerWebSocket:
         self._wake()
 
     def _wake(self) -> None:
+        self._held = False
         self._arrived.unpark_all()
         self._taken.unpark_all()
         self._opened.unpark_all()
