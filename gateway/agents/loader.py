@@ -159,15 +159,17 @@ def _import_file(text: str) -> ModuleType:
     assert spec is not None  # a name that ends with .py has a loader
     assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    loaded = False
     try:
         spec.loader.exec_module(module)
-    except BaseException as exc:
-        del sys.modules[name]
-        if isinstance(exc, ModuleNotFoundError):
-            raise AgentLoadError(f"{text!r} needs {exc.name!r}, which is not installed") from None
-        if isinstance(exc, Exception | SystemExit):
-            raise AgentLoadError(f"{text!r} failed while it was imported: {_describe(exc)}") from None
-        raise
+        loaded = True
+    except ModuleNotFoundError as exc:
+        raise AgentLoadError(f"{text!r} needs {exc.name!r}, which is not installed") from None
+    except (Exception, SystemExit) as exc:
+        raise AgentLoadError(f"{text!r} failed while it was imported: {_describe(exc)}") from None
+    finally:
+        if not loaded:
+            del sys.modules[name]
     return module
 
 

@@ -15,9 +15,8 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -217,7 +216,10 @@ class Process:
                 await run.read_stdout()
                 nursery.cancel_scope.cancel()
         finally:
-            await run.end(self._options.grace_ms / 1000)
+            grace = self._options.grace_ms / 1000
+            # Every wait in it has a limit; this one only says so to the reader.
+            with trio.move_on_after(grace + 2 * KILL_PATIENCE, shield=True):
+                await run.end(grace)
         if run.failure is not None:
             raise run.failure
         run.check_exit()
@@ -249,6 +251,7 @@ class _Run:
     exited: trio.Event = field(factory=trio.Event)
     failure: TurnFailed | None = None
     _log: Any = field(init=False)
+    _group_empty: bool = False
     _asked: int = 0
     _line: int = 0
     _lines_in: trio.MemorySendChannel[Any] = field(init=False)
@@ -316,14 +319,18 @@ class _Run:
     async def read_stdout(self) -> None:
         """Act on what the process says, until it has exited and everything is read."""
         assert self.process.stdout is not None
-        receive = partial(self._receive, self.process.stdout)
-        async with aclosing(_lines(receive, self.options.max_line_bytes)) as lines:
-            async for raw in lines:
+        splitter = _LineSplitter(self.options.max_line_bytes)
+        chunk = b"any"
+        while chunk:
+            chunk = await self._receive(self.process.stdout)
+            for raw in splitter.feed(chunk):
                 self._line += 1
                 if raw is None:
                     self._refuse(f"is longer than {self.options.max_line_bytes:,} bytes")
                 elif raw.strip():
                     await self._take(raw)
+                if self.failure is not None:
+                    return
         with trio.move_on_after(EXIT_PATIENCE):
             await self.exited.wait()
         if not self.exited.is_set():
@@ -393,11 +400,12 @@ class _Run:
 
     async def log_stderr(self) -> None:
         assert self.process.stderr is not None
-        count = 0
+        splitter = _LineSplitter(4 * MAX_STDERR_CHARS)
+        chunk, count = b"any", 0
         try:
-            receive = partial(self._receive, self.process.stderr)
-            async with aclosing(_lines(receive, 4 * MAX_STDERR_CHARS, skip=True)) as lines:
-                async for raw in lines:
+            while chunk:
+                chunk = await self._receive(self.process.stderr)
+                for raw in splitter.feed(chunk):
                     count += 1
                     if count <= MAX_STDERR_LINES:
                         text = "(a very long line)" if raw is None else raw.decode("utf-8", "replace").rstrip()
@@ -412,32 +420,36 @@ class _Run:
     async def await_exit(self) -> None:
         await self.process.wait()
         self.exited.set()
-        # Children that it left behind would hold the pipes open. They end with it.
-        self._signal(signal.SIGTERM)
         for scope in self._reading:
             self._hurry(scope)
+        # Children that it left behind would hold the pipes open. They end with it, with the same grace.
+        self._signal(signal.SIGTERM)
+        await trio.sleep(self.options.grace_ms / 1000)
+        self._signal(signal.SIGKILL)
 
     async def end(self, grace: float) -> None:
-        """End what is left of the process group, within `grace` seconds and a little; no cancellation cuts it short."""
-        with trio.CancelScope(shield=True):
-            if self.process.returncode is None:
-                self._signal(signal.SIGTERM)
-                with trio.move_on_after(grace):
-                    await self.process.wait()
-            # Its children as well. Once the process has been waited for, its number is free only when the group is
-            # empty; the system hands numbers out in a circle, so it is not another's this soon.
-            self._signal(signal.SIGKILL)
-            with trio.move_on_after(KILL_PATIENCE):
+        """End what is left of the process group, within `grace` seconds and a little; called shielded."""
+        if self.process.returncode is None:
+            self._signal(signal.SIGTERM)
+            with trio.move_on_after(grace):
                 await self.process.wait()
-            if self.process.returncode is None:
-                self._log.error("agent_process_not_ended", pid=self.process.pid)
-            for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-                assert stream is not None
-                await stream.aclose()
+        self._signal(signal.SIGKILL)  # its children as well
+        with trio.move_on_after(KILL_PATIENCE):
+            await self.process.wait()
+        if self.process.returncode is None:
+            self._log.error("agent_process_not_ended", pid=self.process.pid)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert stream is not None
+            await stream.aclose()
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # macOS says EPERM of a group of zombies
-            os.killpg(self.process.pid, number)
+        # The process's number is not given to another while its group has members, waited for or not. An empty group
+        # stays empty, so it is never signalled again.
+        if not self._group_empty:
+            try:
+                os.killpg(self.process.pid, number)
+            except (ProcessLookupError, PermissionError):  # the latter is what macOS says of a group of zombies
+                self._group_empty = self.process.returncode is not None
 
     def check_exit(self) -> None:
         """Raise `TurnFailed` if the process ended with an error."""
@@ -451,35 +463,31 @@ class _Run:
         raise TurnFailed(FAILED, f"the agent's command ended with {how}", retryable=True)
 
 
-async def _lines(
-    receive: Callable[[], Awaitable[bytes]], limit: int, *, skip: bool = False
-) -> AsyncGenerator[bytes | None]:
-    """The lines of a stream; the last one needs no newline. A line over `limit` bytes is None, once.
+@define
+class _LineSplitter:
+    """Bytes in, lines out. A line over `limit` bytes comes out once, as None, and is not collected."""
 
-    Args:
-        skip: read on after a line that is too long; otherwise it is the last.
-    """
-    rest, too_long = bytearray(), False
-    while chunk := await receive():
-        *ends, tail = chunk.split(b"\n")
+    limit: int
+    _rest: bytearray = field(factory=bytearray, init=False)
+    _too_long: bool = field(default=False, init=False)
+
+    def feed(self, chunk: bytes) -> list[bytes | None]:
+        """Take the next bytes, empty at the end of the stream, where the last line needs no newline."""
+        lines: list[bytes | None] = []
+        *ends, tail = chunk.split(b"\n") if chunk else (b"", b"")
         for end in ends:
-            rest += end
-            if not too_long:
-                if len(rest) > limit:
-                    yield None
-                    if not skip:
-                        return
-                else:
-                    yield bytes(rest)
-            rest.clear()
-            too_long = False
-        rest += tail
-        if len(rest) > limit:
-            if not too_long:
-                yield None
-                if not skip:
-                    return
-            rest.clear()
-            too_long = True
-    if rest and not too_long:
-        yield bytes(rest)
+            self._add(end, lines)
+            if not self._too_long and (chunk or self._rest):
+                lines.append(bytes(self._rest))
+            self._rest.clear()
+            self._too_long = False
+        self._add(tail, lines)
+        return lines
+
+    def _add(self, piece: bytes, lines: list[bytes | None]) -> None:
+        if not self._too_long:
+            self._rest += piece
+            if len(self._rest) > self.limit:
+                self._too_long = True
+                self._rest.clear()
+                lines.append(None)
