@@ -15,13 +15,18 @@ visible in one step without an await: into the log, into the view, to whoever wa
 
 Text is sealed here too, because only here is its order known: when a channel's unsealed text reaches
 ``segment_bytes``, an `Output` with ``metadata.more`` replaces its deltas; the end of a turn seals what is left.
+
+While the store cannot write, a batch waits and is tried again; only its inputs are refused, because their senders can
+keep them. `failing` says so to whoever would hand in another one. Any other error of the store ends the session.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from hashlib import blake2b
+from math import inf
 
 import structlog
 import trio
@@ -31,7 +36,19 @@ from gateway.config import Limits
 from gateway.errors import StoreUnavailable
 from gateway.protocol import codec
 from gateway.protocol.log import Log
-from gateway.protocol.messages import Delta, ErrorInfo, Event, Input, Output, TurnEnded, TurnOutcome, Withdrawn
+from gateway.protocol.messages import (
+    Answered,
+    Ask,
+    Delta,
+    ErrorInfo,
+    Event,
+    Input,
+    Output,
+    TurnEnded,
+    TurnOutcome,
+    TurnStarted,
+    Withdrawn,
+)
 from gateway.protocol.view import SessionView
 from gateway.session.sources import Sources
 from gateway.store import Store, Stored
@@ -42,6 +59,9 @@ NUMBER_BLOCK = 1024
 RETRY_FIRST, RETRY_MOST = 0.05, 1.0
 """Seconds between tries while the store cannot write: soon enough to be unnoticed once, seldom enough not to hammer."""
 
+ESCAPED = 6
+"""JSON may need so many bytes for one character of text (``\\u0000``)."""
+
 Done = Callable[[Event | None], None]
 """Called once, synchronously: with the event when it has become visible, or with None when it could not be stored."""
 
@@ -50,20 +70,40 @@ _log = structlog.get_logger(__name__)
 
 @frozen
 class Finish:
-    """The end of a turn, as the engine hands it in: expands to the outputs that are left, then the `turn_ended`."""
+    """The end of a turn, as the engine hands it in: expands to the outputs that are left, then the `turn_ended`.
+
+    `text` is what the agent returned: the text of the channel ``answer``, as a whole.
+    """
 
     turn_id: str
     outcome: TurnOutcome
     error: ErrorInfo | None = None
-    outputs: Sequence[Output] = ()
+    text: str | None = None
 
 
 @define
 class _Tail:
-    """A channel's text since its last output, as numbered."""
+    """A channel's text since its last output, as numbered. `size` is in bytes of text, `encoded` in bytes of JSON."""
 
     parts: list[str] = field(factory=list)
     size: int = 0
+    encoded: int = 0
+
+
+class _Sealed:
+    """What a turn's outputs on ``answer`` say so far, joined: only its length and digest, it may be long."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self._state = blake2b(digest_size=16)
+
+    def add(self, text: str) -> None:
+        self.characters += len(text)
+        self._state.update(text.encode())
+
+    def begins(self, text: str) -> bool:
+        head = text[: self.characters]
+        return len(head) == self.characters and blake2b(head.encode(), digest_size=16).digest() == self._state.digest()
 
 
 @frozen
@@ -118,9 +158,18 @@ class Publisher:
         self.outbox, self._outgoing = trio.open_memory_channel[Event | None](limits.max_outbox)
         self._turn_id: str | None = None
         self._tails: dict[str, _Tail] = {}
+        self._unsealed = 0
+        """JSON bytes of all tails. They are in every snapshot, beside the state, the asks and the queue."""
+        segments, frame = 2 * limits.segment_bytes, limits.max_frame_bytes
+        self._unsealed_most = max(frame // 8, min(segments, frame // 4))
+        self._sealed = _Sealed()
+        self._asks: set[str] = set()
+        """The turn's open asks, as numbered: each is answered exactly once, and before the turn's end."""
         self._working = False
-        self.failing = False
-        """Whether the store refuses writes at the moment; new inputs are refused meanwhile."""
+        self._retrying = False
+        self._unavailable = False
+        self._try_again_at = -inf
+        self._pause = RETRY_FIRST
 
     # ways in
 
@@ -129,23 +178,29 @@ class Publisher:
     ) -> None:
         """Hand in an event of the engine's own. Never waits; `done` tells when it is visible."""
         self._intake.append(_Item(what, done, digest, on_busy))
-        self._nudge()
+        if len(self._intake) == 1:  # else there was a nudge, and it was not looked at yet
+            self._nudge()
 
-    async def publish(self, what: Event | Finish) -> None:
-        """Hand in an event and wait until it is visible. Cancelling does not take it back."""
-        visible = trio.Event()
-        self.enqueue(what, lambda _: visible.set())
-        await visible.wait()
-
-    def open_turn(self, turn_id: str) -> None:
-        """Take events of this turn from now on; events of any other turn are dropped."""
+    def open_turn(self, turn_id: str, asks: Iterable[str] = ()) -> None:
+        """Take events of this turn from now on, as its `TurnStarted` does; events of any other turn are dropped."""
         self._turn_id = turn_id
+        self._asks = set(asks)
         self._tails = {}
+        self._unsealed = 0
+        self._sealed = _Sealed()
 
     def _nudge(self) -> None:
-        # If the outbox is full the publisher is about to look anyway.
-        with suppress(trio.WouldBlock):
+        # If the outbox is full the publisher is about to look anyway; if it has ended nobody will.
+        with suppress(trio.WouldBlock, trio.BrokenResourceError):
             self.outbox.send_nowait(None)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the store cannot write at the moment; new inputs are refused meanwhile.
+
+        With nothing to retry it is believed to be back after a pause: the next input finds out.
+        """
+        return self._retrying or trio.current_time() < self._try_again_at
 
     @property
     def idle(self) -> bool:
@@ -155,13 +210,14 @@ class Publisher:
     # the task
 
     async def run(self) -> None:
-        """Publish until cancelled."""
-        async for event in self._outgoing:
-            self._working = True
-            batch = self._collect(event)
-            if batch:
-                await self._commit(batch)
-            self._working = False
+        """Publish until cancelled. When it ends, whoever waits to write gets `trio.BrokenResourceError`."""
+        with self._outgoing:
+            async for event in self._outgoing:
+                self._working = True
+                batch = self._collect(event)
+                if batch:
+                    await self._commit(batch)
+                self._working = False
 
     def _collect(self, first: Event | None) -> list[_Numbered]:
         """Take and number everything that waits: the outbox, then the intake."""
@@ -184,46 +240,92 @@ class Publisher:
         return batch
 
     def _number(self, event: Event, now: int, batch: list[_Numbered], item: _Item | None = None) -> None:
-        turn_id = getattr(event, "turn_id", None)
-        if turn_id is not None and turn_id != self._turn_id and type(event) is not Withdrawn:
-            return  # written by a turn that has ended
+        kind = type(event)
+        if kind is TurnStarted:
+            self.open_turn(event.turn_id)  # type: ignore[attr-defined]
+        elif kind is not Withdrawn:
+            turn_id = getattr(event, "turn_id", None)
+            if turn_id is not None and turn_id != self._turn_id:
+                _drop(item)  # written by a turn that has ended
+                return
+        if type(event) is Ask:
+            self._asks.add(event.ask_id)
+        elif type(event) is Answered:
+            if event.ask_id not in self._asks:
+                _drop(item)  # its agent was cancelled before it could ask
+                return
+            self._asks.remove(event.ask_id)
         event.seq = event.first = self._next
         event.at = now
         self._next += 1
         batch.append(_Numbered(event, item))
         if type(event) is Delta:
-            tail = self._tails.get(event.channel)
-            if tail is None:
-                tail = self._tails[event.channel] = _Tail()
-            text = event.text
-            tail.parts.append(text)
-            tail.size += len(text) if text.isascii() else len(text.encode())
-            if tail.size >= self._limits.segment_bytes:
-                self._seal(event.channel, {"more": True}, now, batch)
-            elif len(self._tails) > 2 and sum(t.size for t in self._tails.values()) >= 2 * self._limits.segment_bytes:
-                # What is not sealed is in every snapshot: many channels together must leave room for the rest of it.
-                for channel in list(self._tails):
-                    self._seal(channel, {"more": True}, now, batch)
+            self._add_text(event.channel, event.text, now, batch)
         elif type(event) is Output:
-            self._tails.pop(event.channel, None)
+            self._drop_tail(event.channel)
+            if event.channel == "answer":
+                self._sealed.add(event.content)
+
+    def _add_text(self, channel: str, text: str, now: int, batch: list[_Numbered]) -> None:
+        tail = self._tails.get(channel)
+        if tail is None:
+            tail = self._tails[channel] = _Tail()
+        size = len(text) if text.isascii() else len(text.encode())
+        # Quotes and backslashes count once here and twice in JSON; the bound has room for that.
+        encoded = size if text.isprintable() else len(codec.dump_json(text))
+        tail.parts.append(text)
+        tail.size += size
+        tail.encoded += encoded
+        self._unsealed += encoded
+        if tail.size >= self._limits.segment_bytes:
+            self._seal(channel, {"more": True}, now, batch)
+        elif self._unsealed >= self._unsealed_most:
+            for name in list(self._tails):
+                self._seal(name, {"more": True}, now, batch)
+
+    def _drop_tail(self, channel: str) -> _Tail | None:
+        tail = self._tails.pop(channel, None)
+        if tail is not None:
+            self._unsealed -= tail.encoded
+        return tail
 
     def _seal(self, channel: str, metadata: dict[str, object], now: int, batch: list[_Numbered]) -> None:
-        tail = self._tails.pop(channel, None)
-        if tail is not None and tail.parts:
+        tail = self._drop_tail(channel)
+        if tail is not None:
             assert self._turn_id is not None
-            output = Output(
-                turn_id=self._turn_id, channel=channel, content="".join(tail.parts), metadata=dict(metadata)
-            )
-            self._number(output, now, batch)
+            text = "".join(tail.parts)
+            self._number(Output(turn_id=self._turn_id, channel=channel, content=text, metadata=metadata), now, batch)
 
     def _finish(self, item: _Item, finish: Finish, now: int, batch: list[_Numbered]) -> None:
-        for output in finish.outputs:
-            self._number(output, now, batch)
+        if finish.text:
+            for output in self._final_outputs(finish.turn_id, finish.text):
+                self._number(output, now, batch)
         for channel in list(self._tails):
             self._seal(channel, {} if finish.outcome == "completed" else {"partial": True}, now, batch)
+        for ask_id in list(self._asks):
+            self._number(Answered(turn_id=finish.turn_id, ask_id=ask_id, outcome="cancelled"), now, batch)
         ended = TurnEnded(turn_id=finish.turn_id, outcome=finish.outcome, error=finish.error)
         self._number(ended, now, batch, item)
         self._turn_id = None
+
+    def _final_outputs(self, turn_id: str, text: str) -> list[Output]:
+        """Returned text as outputs, in segments if it is long.
+
+        What outputs have said already is not said again: an agent that streams an answer and returns the whole of it
+        has the same text in the log whether or not it was long enough to be sealed on the way.
+        """
+        if self._sealed.begins(text):
+            text = text[self._sealed.characters :]
+            if not text and "answer" not in self._tails:
+                return []
+        most = self._limits.segment_bytes if text.isascii() else self._limits.segment_bytes // 4
+        if not text.isprintable():
+            most = min(most, self._unsealed_most // ESCAPED)
+        pieces = [text[i : i + most] for i in range(0, len(text), most)] or [""]
+        outputs = [Output(turn_id=turn_id, channel="answer", content=piece) for piece in pieces]
+        for output in outputs[:-1]:
+            output.metadata = {"more": True}
+        return outputs
 
     async def _commit(self, batch: list[_Numbered]) -> None:
         """Store what is durable, then show everything, in order."""
@@ -251,38 +353,53 @@ class Publisher:
         try:
             await self._store.append(self._session_id, stored, reserved)
         except StoreUnavailable as exc:
-            if not self.failing:
+            if not self._unavailable:
+                self._unavailable = True
                 _log.error("store_unavailable", session_id=self._session_id, error=str(exc))
-            self.failing = True
-            await self._refuse_and_wait(batch)
+            pause, self._pause = self._pause, min(RETRY_MOST, self._pause * 2)
+            self._try_again_at = trio.current_time() + pause
+            batch[:] = self._refuse_inputs(batch)
+            if batch:
+                self._retrying = True
+                await trio.sleep(pause)
+            else:
+                self._retrying = False
             return False
+        self._retrying = False
+        self._try_again_at = -inf
         self._pause = RETRY_FIRST
-        if self.failing:
-            self.failing = False
+        if self._unavailable:
+            self._unavailable = False
             _log.info("store_available_again", session_id=self._session_id)
         return True
 
-    _pause = RETRY_FIRST
-
-    async def _refuse_and_wait(self, batch: list[_Numbered]) -> None:
+    def _refuse_inputs(self, batch: list[_Numbered]) -> list[_Numbered]:
+        """Give a batch's inputs back to their senders; returns the rest of it."""
         refused: set[str] = set()
         keep: list[_Numbered] = []
+        unneeded: list[_Item] = []
         for one in batch:
-            if type(one.event) is Input:
-                refused.add(one.event.request_id)
-                assert one.item is not None
-                assert one.item.done is not None
-                one.item.done(None)
-            elif type(one.event) is Withdrawn and one.event.request_id in refused:
-                # Its input never came to be; whoever asked for the withdrawal has got what it asked for.
-                if one.item is not None and one.item.done is not None:
-                    one.item.done(one.event)
+            event, item = one.event, one.item
+            if type(event) is Input:
+                assert item is not None
+                assert item.done is not None
+                refused.add(event.request_id)
+                item.done(None)
+            elif type(event) is Withdrawn and event.request_id in refused:
+                if item is not None:
+                    unneeded.append(item)
             else:
                 keep.append(one)
-        batch[:] = keep
-        if keep:
-            await trio.sleep(self._pause)
-            self._pause = min(RETRY_MOST, self._pause * 2)
+        # An input that never came to be must not be withdrawn in the log; who asked for that has got what it asked for.
+        # From now on nobody can withdraw it any more, so all such events are either in the batch or in the intake.
+        for item in list(self._intake):
+            if type(item.what) is Withdrawn and item.what.request_id in refused:
+                self._intake.remove(item)
+                unneeded.append(item)
+        for item in unneeded:
+            if item.done is not None:
+                item.done(None)
+        return keep
 
     def _stored(self, one: _Numbered) -> Stored:
         if one.payload is None:
@@ -300,3 +417,8 @@ class Publisher:
         for one in batch:
             if one.item is not None and one.item.done is not None:
                 one.item.done(one.event)
+
+
+def _drop(item: _Item | None) -> None:
+    if item is not None and item.done is not None:
+        item.done(None)

@@ -6,19 +6,24 @@ is what "at most one turn per session" rests on, whatever alias, client or recov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import structlog
 import trio
 from attrs import frozen
 
 from gateway.config import Limits
-from gateway.errors import HandshakeRefused, StoreError
+from gateway.errors import HandshakeRefused, StoreError, StoreUnavailable
 from gateway.protocol.messages import Hello
 from gateway.session.publisher import NUMBER_BLOCK
 from gateway.session.session import Agent, Session
 from gateway.session.sources import Sources
 from gateway.store import SessionRecord, Store
+
+RESUME_RETRY = 1.0
+"""Seconds between tries to bring back what a crash left unfinished, while there is no room or no store."""
 
 _log = structlog.get_logger(__name__)
 
@@ -58,6 +63,7 @@ class Registry:
         self._may_share = may_share
         self._sessions: dict[str, Session] = {}
         self._opening: dict[str, trio.Event] = {}
+        self._reserved = 0  # sessions that are about to be in memory
         self.draining = False
 
     def __len__(self) -> int:
@@ -94,20 +100,13 @@ class Registry:
         session_id = hello.session_id
         if session_id is None:
             return await self._create(f"s_{self._sources.new_id()}", hello.agent_id, registered, subject), False
-        while (opening := self._opening.get(session_id)) is not None:
-            await opening.wait()
-        session = self._sessions.get(session_id)
-        existed = True
+        session, existed = await self._find(session_id), True
         if session is None:
-            done = self._opening[session_id] = trio.Event()
-            try:
+            with self._alone(session_id):
                 session = await self._bring_back(session_id)
                 if session is None:
                     existed = False
                     session = await self._create(session_id, hello.agent_id, registered, subject)
-            finally:
-                del self._opening[session_id]
-                done.set()
         record = session.record
         if record.subject != subject and not self._may_share(subject, record):
             raise HandshakeRefused(
@@ -130,39 +129,84 @@ class Registry:
 
         Four at a time: enough to keep the store busy, too few to delay those who connect now.
         """
-        limiter = trio.CapacityLimiter(4)
+        while True:
+            try:
+                unfinished = deque(await self._store.unfinished())
+                break
+            except StoreUnavailable as exc:
+                _log.error("sessions_not_resumed_yet", error=str(exc))
+                await trio.sleep(RESUME_RETRY)
 
-        async def resume(session_id: str) -> None:
-            async with limiter:
-                if session_id not in self._sessions and session_id not in self._opening:
-                    done = self._opening[session_id] = trio.Event()
-                    try:
-                        await self._bring_back(session_id)
-                    except (HandshakeRefused, StoreError) as exc:
-                        _log.error("session_not_resumed", session_id=session_id, error=str(exc))
-                    finally:
-                        del self._opening[session_id]
-                        done.set()
+        async def work() -> None:
+            while unfinished and not self.draining:
+                session_id = unfinished.popleft()
+                if not await self._resume(session_id):
+                    unfinished.append(session_id)  # behind the others: it may be alone with its trouble
+                    await trio.sleep(RESUME_RETRY)
 
         async with trio.open_nursery() as nursery:
-            for session_id in await self._store.unfinished():
-                nursery.start_soon(resume, session_id)
+            for _ in range(4):
+                # Owned by this call; ends when the sessions, or the gateway's time, are up.
+                nursery.start_soon(work)
+
+    async def _resume(self, session_id: str) -> bool:
+        """Bring one session back, if nobody has. False: there is no room or no store now, try again later."""
+        try:
+            if await self._find(session_id) is None:
+                with self._alone(session_id):
+                    await self._bring_back(session_id)
+        except HandshakeRefused as exc:
+            if exc.retryable:
+                _log.warning("session_not_resumed_yet", session_id=session_id, error=exc.message)
+                return False
+            _log.error("session_not_resumed", session_id=session_id, error=exc.message)
+        except Exception as exc:
+            # What is stored for one session may be beyond repair; the others are not to suffer for it.
+            _log.error("session_not_resumed", session_id=session_id, exc_info=exc)
+        return True
+
+    async def _find(self, session_id: str) -> Session | None:
+        """The session, if it is in memory; waits for one that is on its way. No await after that."""
+        while True:
+            if (opening := self._opening.get(session_id)) is not None:
+                await opening.wait()
+                continue
+            session = self._sessions.get(session_id)
+            if session is None or session.recovered.is_set():
+                return session
+            # Whoever brought it back was cancelled before it had recovered.
+            await session.recovered.wait()
+
+    @contextmanager
+    def _alone(self, session_id: str) -> Iterator[None]:
+        """Keep everyone else who asks for this session waiting, and keep it from being put to rest."""
+        done = self._opening[session_id] = trio.Event()
+        try:
+            yield
+        finally:
+            del self._opening[session_id]
+            done.set()
 
     def rest_idle(self) -> None:
         """Put the sessions to rest that have had nothing to do for ``idle_session_ms``. No await here."""
         limit = trio.current_time() - self._limits.idle_session_ms / 1000
         for session_id, session in list(self._sessions.items()):
-            if session.idle_since <= limit and session.at_rest:
-                session.close()
-                del self._sessions[session_id]
+            if session.idle_since <= limit and self._may_rest(session):
+                self._rest(session_id)
+
+    def _may_rest(self, session: Session) -> bool:
+        return session.at_rest and session.record.session_id not in self._opening
+
+    def _rest(self, session_id: str) -> None:
+        self._sessions.pop(session_id).close()
 
     async def _create(self, session_id: str, agent_id: str, registered: Registered, subject: str) -> Session:
-        self._check_room()
         record = SessionRecord(session_id, agent_id, subject, f"e_{self._sources.new_id()}", self._sources.now_ms())
-        try:
-            await self._store.create(record, NUMBER_BLOCK)
-        except StoreError as exc:
-            raise _unavailable(str(exc)) from None
+        with self._room():
+            try:
+                await self._store.create(record, NUMBER_BLOCK)
+            except StoreError as exc:
+                raise _unavailable(str(exc)) from None
         return self._start(
             Session(
                 record,
@@ -172,20 +216,32 @@ class Registry:
                 self._sources,
                 reserved=NUMBER_BLOCK,
                 max_detached_ms=registered.max_detached_ms,
+                on_failed=self._failed,
             )
         )
 
     async def _bring_back(self, session_id: str) -> Session | None:
         limits = self._limits
-        try:
-            stored = await self._store.load(
-                session_id, max_events=limits.replay_max_events, max_bytes=limits.replay_max_bytes
+        if self.draining:
+            raise HandshakeRefused(
+                "draining",
+                "the gateway is stopping",
+                close_code=1012,
+                close_reason="restart",
+                next_step="Reconnect in a moment.",
+                retryable=True,
+                retry_after_ms=1_000,
             )
-        except StoreError as exc:
-            raise _unavailable(str(exc)) from None
+        with self._room():
+            try:
+                stored = await self._store.load(
+                    session_id, max_events=limits.replay_max_events, max_bytes=limits.replay_max_bytes
+                )
+            except StoreError as exc:
+                raise _unavailable(str(exc)) from None
+        # No await from here to `_start`: the room that was kept is taken, or not needed.
         if stored is None:
             return None
-        self._check_room()
         registered = self._agents.get(stored.record.agent_id)
         if registered is None:
             raise HandshakeRefused(
@@ -205,15 +261,24 @@ class Registry:
                 stored=stored,
                 max_detached_ms=registered.max_detached_ms,
                 retry_lost=registered.retry_lost,
+                on_failed=self._failed,
             )
         )
         await session.recovered.wait()
+        if session.failed:
+            raise _unavailable("the session could not be recovered")
         return session
 
-    def _check_room(self) -> None:
-        if len(self._sessions) >= self._limits.max_sessions:
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Keep room for one session while it is made; if there is none, the session idle for longest goes to rest."""
+        if len(self._sessions) + self._reserved >= self._limits.max_sessions:
             self.rest_idle()
-        if len(self._sessions) >= self._limits.max_sessions:
+        if len(self._sessions) + self._reserved >= self._limits.max_sessions:
+            resting = [session for session in self._sessions.values() if self._may_rest(session)]
+            if resting:
+                self._rest(min(resting, key=lambda session: session.idle_since).record.session_id)
+        if len(self._sessions) + self._reserved >= self._limits.max_sessions:
             raise HandshakeRefused(
                 "too_many_sessions",
                 f"{self._limits.max_sessions:,} sessions are active (limits.max_sessions)",
@@ -223,6 +288,11 @@ class Registry:
                 retryable=True,
                 retry_after_ms=5_000,
             )
+        self._reserved += 1
+        try:
+            yield
+        finally:
+            self._reserved -= 1
 
     def _start(self, session: Session) -> Session:
         session.draining = self.draining
@@ -235,12 +305,17 @@ class Registry:
         """The crash barrier of one session: what fails in it ends it alone."""
         try:
             await session.run()
-        except Exception as exc:
-            _log.error("session_failed", session_id=session.record.session_id, exc_info=exc)
-            if self._sessions.get(session.record.session_id) is session:
-                del self._sessions[session.record.session_id]
-            for reader in list(session.readers.values()):
-                reader.session_failed()
+        # `except*`: while the gateway is cancelled, a failure comes in one group with that.
+        except* Exception as group:
+            self._failed(session, group)
+
+    def _failed(self, session: Session, exc: Exception) -> None:
+        """Forget a session that has failed, so that it is loaded anew, and tell its connections. No await here."""
+        _log.error("session_failed", session_id=session.record.session_id, exc_info=exc)
+        if self._sessions.get(session.record.session_id) is session:
+            del self._sessions[session.record.session_id]
+        for reader in list(session.readers.values()):
+            reader.session_failed()
 
 
 def _unavailable(why: str) -> HandshakeRefused:

@@ -7,10 +7,7 @@ and never wait, so a reader calls them inline and nothing of what it read can wa
 time happens in two tasks: the *turn loop*, which takes one input after the other from the inbox and runs the agent,
 and the *publisher*.
 
-An input is in exactly one place at any time, and `_waiting` knows all of them until a turn takes them:
-
-    STORING ──▶ INBOX ──▶ (the turn loop)          withdrawn from any of these: GONE
-        └─────▶ STEER ──▶ taken by the running turn, or back to INBOX when it ends
+An input is in the `Inbox`, in one place of it, until a turn takes it or it is withdrawn.
 
 "Busy" is not a flag: a turn is `self.turn`, set when the loop takes its inputs and unset in the step that makes its
 `turn_ended` visible. At most one turn runs because there is one loop. The next input is the loop's next iteration:
@@ -18,22 +15,23 @@ constant stack, constant tasks.
 
 A turn ends in one way: `stop_turn` says why (the first reason counts), the loop waits for the agent's task within
 ``stop_timeout``, closes the turn's open questions, hands in its `Finish`, and waits until the `turn_ended` is visible.
+An agent that is still there then is on its own: it can write nothing any more, and its task belongs to no turn.
+
+What fails in the engine itself (a store that contradicts it) ends the session: in one step nothing of it can write
+any more and its owner is told, who lets it be loaded again; its tasks are cancelled.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from enum import Enum
-from functools import partial
-from itertools import takewhile
 from typing import Protocol
 
 import structlog
 import trio
-from attrs import define, field
 
 from gateway.config import Limits
-from gateway.errors import TurnFailed
+from gateway.protocol import codec
 from gateway.protocol.keys import Key, Keys, digest_of
 from gateway.protocol.log import Log
 from gateway.protocol.messages import (
@@ -43,7 +41,6 @@ from gateway.protocol.messages import (
     Answer,
     AnswerOk,
     AskOutcome,
-    BusyMode,
     ClientSignal,
     Credit,
     Error,
@@ -52,7 +49,6 @@ from gateway.protocol.messages import (
     LastDisconnect,
     Member,
     Message,
-    Output,
     Presence,
     RequestId,
     ResyncReason,
@@ -63,10 +59,12 @@ from gateway.protocol.messages import (
     Withdrawn,
 )
 from gateway.protocol.view import SessionView, encode_snapshot
+from gateway.session.failures import explain
+from gateway.session.inbox import Inbox, Place, QueuedInput
 from gateway.session.publisher import Finish, Publisher
 from gateway.session.sources import Sources
 from gateway.session.turn import PendingAsk, Turn, answered
-from gateway.store import SessionRecord, Store, StoredInput, StoredSession
+from gateway.store import SessionRecord, Store, StoredSession
 
 Agent = Callable[[Turn], Awaitable[str | None]]
 """What the engine runs. It may return text, which becomes the turn's output; `gateway.agents` makes one of anything."""
@@ -79,6 +77,16 @@ STORE_RETRY_MS = 1_000
 MAX_REQUEST_IDS = 100_000
 """Idempotency keys of one session within its resume window, 300 bytes each. Forgetting one early would break a
 promise, so beyond this inputs are refused: 100,000 messages a day in one conversation are a loop."""
+
+MAX_ATTEMPTS = 3
+"""Runs of one turn that keeps being lost: an agent that takes the process down with it must not do so for ever."""
+
+_NUMBERS = 512
+"""Bytes that an `answered` event has beside its value."""
+
+_AGENT_ERRORS = (Exception, SystemExit, asyncio.CancelledError)
+"""What an agent may end with, and the gateway go on: also what a thread of it that ran asyncio, or a command-line
+parser, may raise. `trio.Cancelled` and `KeyboardInterrupt` are for others."""
 
 _log = structlog.get_logger(__name__)
 
@@ -100,32 +108,6 @@ class Reader(Protocol):
         """The session ended by an error of its own: close with 1011."""
 
 
-class Place(Enum):
-    STORING = "being stored"
-    INBOX = "in the inbox"
-    STEER = "handed to the running turn"
-    GONE = "withdrawn"
-
-
-@define(eq=False)
-class QueuedInput:
-    """An accepted (or nearly accepted) input that no turn has taken yet."""
-
-    event: Input
-    on_busy: BusyMode
-    place: Place = Place.STORING
-    digest: bytes = b""
-    step_back: bool = False
-    """Set when the loop has it in hand but something must run before it."""
-    repliers: list[Callable[[Error | None, bool], None]] = field(factory=list)
-    """Whoever sent it and waits for `accepted`: called with an error or None, and whether it is a repetition."""
-
-    @property
-    def rank(self) -> tuple[bool, int]:
-        """The order of the inbox: those that interrupt, then the rest, each by number."""
-        return self.on_busy != "interrupt", self.event.seq
-
-
 class Session:
     """One conversation. Made by the registry, which also runs `run` in the gateway's nursery.
 
@@ -133,6 +115,7 @@ class Session:
         stored: what the store had, or None for a new session.
         max_detached_ms: how long a turn may run with nobody attached; 0 for as long as it likes.
         retry_lost: run the inputs of a turn that was lost in a crash again.
+        on_failed: told when the engine itself fails; without it, `run` raises.
     """
 
     def __init__(
@@ -147,6 +130,7 @@ class Session:
         stored: StoredSession | None = None,
         max_detached_ms: int = 0,
         retry_lost: bool = False,
+        on_failed: Callable[[Session, Exception], None] | None = None,
     ) -> None:
         self.record = record
         self.limits = limits
@@ -160,11 +144,10 @@ class Session:
         self.keys = Keys(limits.resume_window_ms)
         self._agent = agent
         self._max_detached_ms = max_detached_ms
-        self._waiting: dict[str, QueuedInput] = {}
-        # Capacity: `max_inbox`. It is never waited on: `submit` refuses before it is full.
-        self._inbox_in, self._inbox_out = trio.open_memory_channel[QueuedInput](limits.max_inbox)
+        self._on_failed = on_failed
+        self._life = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
-        self._attempts: dict[str, int] = {}
+        self._inbox = Inbox(max(limits.max_inbox, len(stored.queue) if stored else 0))
         head = stored.floor if stored else 0
         self.log = Log(max_events=limits.replay_max_events, max_bytes=limits.replay_max_bytes, base=head)
         self.view = SessionView()
@@ -180,7 +163,11 @@ class Session:
             on_visible=self._wake_readers,
         )
         self.recovered = trio.Event()
-        """Set once a turn that the last process left open has its end in the log; nobody joins before."""
+        """Set once a turn that the last process left open has its end in the log; nobody joins before.
+
+        Set as well when the session has `failed` first.
+        """
+        self.failed = False
         if stored is not None:
             self._restore(stored, retry_lost)
         if stored is None or stored.turn is None:
@@ -197,46 +184,62 @@ class Session:
         self.view.queue = {item.event.request_id: item.event.seq for item in stored.queue}
         for request_id, key in stored.keys:
             self.keys.add(request_id, key)
-        waiting: list[StoredInput] = list(stored.queue)
-        if stored.turn is not None:
-            turn_id = stored.turn.turn_id
-            self.publisher.open_turn(turn_id)
-            for ask in self.view.asks.values():
-                self.publisher.enqueue(answered(PendingAsk(ask, outcome="cancelled"), turn_id, None))
-            error = ErrorInfo(code="lost", message="the gateway stopped while this turn ran", retryable=True)
-            self.publisher.enqueue(Finish(turn_id, "lost", error), lambda _: self.recovered.set())
-            if retry_lost and stored.turn.attempt < 3:
-                waiting = stored.turn_inputs + waiting
-                for item in stored.turn_inputs:
-                    self._attempts[item.event.request_id] = stored.turn.attempt + 1
-        for item in waiting:
-            queued = QueuedInput(item.event, item.on_busy, Place.INBOX)  # type: ignore[arg-type]
-            self._waiting[item.event.request_id] = queued
-        self._refill(list(self._waiting.values()))
+        self._inbox.restore(
+            [
+                QueuedInput(item.event, item.on_busy, digest_of(item.event.content, item.event.metadata))  # type: ignore[arg-type]
+                for item in stored.queue
+            ]
+        )
+        lost = stored.turn
+        if lost is None:
+            return
+        self.publisher.open_turn(lost.turn_id, self.view.asks)
+        error = ErrorInfo(code="lost", message="the gateway stopped while this turn ran", retryable=True)
+        self.publisher.enqueue(Finish(lost.turn_id, "lost", error), lambda _: self.recovered.set())
+        overtaken = any(item.on_busy == "interrupt" for item in stored.queue)
+        if retry_lost and stored.turn_inputs and lost.attempt < MAX_ATTEMPTS and not overtaken:
+            # In one batch with the end of the lost turn: from one of them to the next nobody would own its inputs.
+            self._begin_turn([item.event for item in stored.turn_inputs], lost.attempt + 1)
 
     # life
 
     async def run(self) -> None:
         """Run the session's two tasks until `close` or cancellation. Owned by the gateway's nursery."""
-        async with trio.open_nursery() as self._nursery:
-            self._nursery.start_soon(self.publisher.run)
-            await self._turn_loop()
+        with self._life:
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._guard, self.publisher.run)
+                await self._guard(self._turn_loop)
+
+    async def _guard(self, part: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await part()
+        except Exception as exc:
+            if self._on_failed is None:
+                raise
+            # Told at once, and not when the nursery has ended: an agent may shield itself from being cancelled.
+            if not self.failed:
+                self.failed = True
+                if (turn := self.turn) is not None:
+                    self.turn = None
+                    turn._closed = True
+                    turn._ended.set()
+                self._life.cancel()
+                self._on_failed(self, exc)
+                self.recovered.set()
 
     def close(self) -> None:
         """End the session's tasks. Only for a session that is `at_rest`, or whose process is about to end."""
-        self._inbox_in.close()
-        if self._nursery is not None:
-            self._nursery.cancel_scope.cancel()
+        self._life.cancel()
 
     @property
     def busy(self) -> bool:
         """Whether a turn runs or an input waits: one look at live things, no flag beside them."""
-        return self.turn is not None or bool(self._waiting)
+        return self.turn is not None or len(self._inbox) > 0
 
     @property
     def waiting(self) -> int:
         """Inputs that no turn has taken yet."""
-        return len(self._waiting)
+        return len(self._inbox)
 
     @property
     def at_rest(self) -> bool:
@@ -246,7 +249,7 @@ class Session:
     @property
     def credit(self) -> int:
         """Inputs that may still be sent before the inbox is full."""
-        return max(0, self.limits.max_inbox - len(self._waiting))
+        return max(0, self.limits.max_inbox - len(self._inbox))
 
     # connections
 
@@ -313,16 +316,21 @@ class Session:
         digest = digest_of(frame.content, frame.metadata)
         self.keys.expire(self.sources.now_ms())
         key = self.keys.get(request_id)
-        waiting = self._waiting.get(request_id)
+        storing = self._inbox.storing.get(request_id)
+        # An input may wait for longer than its key is kept; it is still the same message.
+        waiting = storing or self._inbox.waiting.get(request_id)
         known = key.digest if key is not None else waiting.digest if waiting is not None else None
         if known is not None and known != digest:
             self._refuse(reader, request_id, "request_id_conflict", "was used before with another content")
             return
-        if key is not None:
-            self._accept(reader, request_id, key.seq, duplicate=True)
+        if storing is not None:
+            storing.repliers.append(self._replier(reader, storing))
             return
-        if waiting is not None:
-            waiting.repliers.append(self._replier(reader, request_id))
+        if known is not None:
+            seq = key.seq if key is not None else waiting.event.seq  # type: ignore[union-attr]
+            waiting = self._inbox.waiting.get(request_id)
+            ahead = self._inbox.ahead(waiting) if waiting is not None else 0
+            self._accept(reader, request_id, seq, ahead, duplicate=True)
             return
         if self.draining:
             self._refuse(reader, request_id, "draining", "the gateway is stopping; send it again after reconnecting")
@@ -330,7 +338,7 @@ class Session:
         if frame.on_busy == "reject" and self.busy:
             self._refuse(reader, request_id, "busy", "a turn is running or inputs are waiting")
             return
-        if len(self._waiting) >= self.limits.max_inbox:
+        if len(self._inbox) >= self.limits.max_inbox:
             self._refuse(
                 reader, request_id, "inbox_full", f"{self.limits.max_inbox} inputs are waiting", INBOX_RETRY_MS, 0
             )
@@ -349,30 +357,25 @@ class Session:
             metadata=frame.metadata,
             sender=reader.member.subject,
         )
-        queued = QueuedInput(event, frame.on_busy, digest=digest)
-        queued.repliers.append(self._replier(reader, request_id))
-        self._waiting[request_id] = queued
+        queued = QueuedInput(event, frame.on_busy, digest)
+        queued.repliers.append(self._replier(reader, queued))
+        self._inbox.admit(queued)
         self.publisher.enqueue(
             event, lambda stored: self._stored(queued, stored is not None), digest=digest, on_busy=frame.on_busy
         )
 
-    def _replier(self, reader: Reader, request_id: str) -> Callable[[Error | None, bool], None]:
-        def reply(error: Error | None, duplicate: bool) -> None:
+    def _replier(self, reader: Reader, queued: QueuedInput) -> Callable[[Error | None, int, bool], None]:
+        event = queued.event
+
+        def reply(error: Error | None, ahead: int, duplicate: bool) -> None:
             if error is not None:
                 reader.push(error)
-                return
-            key = self.keys.get(request_id)
-            assert key is not None
-            self._accept(reader, request_id, key.seq, duplicate=duplicate)
+            else:
+                self._accept(reader, event.request_id, event.seq, ahead, duplicate=duplicate)
 
         return reply
 
-    def _accept(self, reader: Reader, request_id: str, seq: int, *, duplicate: bool) -> None:
-        queued = self._waiting.get(request_id)
-        if queued is None or queued.place is Place.GONE:
-            ahead = 0
-        else:
-            ahead = sum(other.rank < queued.rank for other in self._waiting.values() if other.event.seq)
+    def _accept(self, reader: Reader, request_id: str, seq: int, ahead: int, *, duplicate: bool) -> None:
         credit = self.credit
         reader.told_no_credit = credit == 0
         reader.push(
@@ -413,9 +416,9 @@ class Session:
     def _stored(self, queued: QueuedInput, ok: bool) -> None:
         """An input's event is visible, or could not be stored. No await here: from now on a turn may take it."""
         request_id = queued.event.request_id
+        repliers, queued.repliers = queued.repliers, []
         if not ok:
-            self._waiting.pop(request_id, None)
-            queued.place = Place.GONE
+            self._inbox.refused(queued)
             error = Error(
                 code="unavailable",
                 message="the message could not be stored; send it again",
@@ -423,59 +426,26 @@ class Session:
                 retry_after_ms=STORE_RETRY_MS,
                 request_id=request_id,
             )
-            for reply in queued.repliers:
-                reply(error, False)
+            for reply in repliers:
+                reply(error, 0, False)
             self._tell_credit()
             return
+        ahead = self._inbox.stored(queued)
         self.keys.add(request_id, Key(queued.event.seq, queued.digest, queued.event.at))
-        repetition = False
-        for reply in queued.repliers:
-            reply(None, repetition)
-            repetition = True
-        queued.repliers.clear()
+        for i, reply in enumerate(repliers):
+            reply(None, ahead, i > 0)
         if queued.place is Place.GONE:
             return
         turn = self.turn
         if queued.on_busy == "steer" and turn is not None and not turn._closed:
             queued.place = Place.STEER
             turn._steer.append(queued)
-            return
-        self._to_inbox([queued])
-        if queued.on_busy == "interrupt" and turn is not None:
-            self.stop_turn(turn, "interrupted")
-
-    def _to_inbox(self, inputs: Sequence[QueuedInput]) -> None:
-        """Put stored inputs into the inbox at their rank."""
-        for queued in inputs:
-            queued.place = Place.INBOX
-        newest = inputs[-1]
-        in_inbox = (other.rank for other in self._waiting.values() if other.place is Place.INBOX)
-        if len(inputs) == 1 and max(in_inbox) == newest.rank:
-            self._inbox_in.send_nowait(newest)
-            return
-        self._refill([*self._drain_inbox(), *inputs])
-
-    def _drain_inbox(self) -> list[QueuedInput]:
-        taken: list[QueuedInput] = []
-        while True:
-            try:
-                taken.append(self._inbox_out.receive_nowait())
-            except trio.WouldBlock:
-                return taken
-
-    def _refill(self, inputs: Sequence[QueuedInput]) -> None:
-        """Fill the (emptied) inbox in the order of rank. No await here: the loop sees it before or after, not between.
-
-        An input that the loop was handed but has not looked at yet is in neither; if something here ranks before it,
-        it has to step back.
-        """
-        ordered = sorted(inputs, key=lambda queued: queued.rank)
-        here = set(map(id, ordered))
-        for queued in self._waiting.values():
-            if queued.place is Place.INBOX and id(queued) not in here and ordered and ordered[0].rank < queued.rank:
-                queued.step_back = True
-        for queued in ordered:
-            self._inbox_in.send_nowait(queued)
+        elif queued.on_busy == "interrupt":
+            self._inbox.insert([queued])
+            if turn is not None:
+                self.stop_turn(turn, "interrupted")
+        else:
+            self._inbox.append(queued)
 
     def _tell_credit(self) -> None:
         """Whoever was told that there is no room hears that there is."""
@@ -486,36 +456,30 @@ class Session:
                     reader.told_no_credit = False
                     reader.push(Credit(credit=credit))
 
-    def _withdraw(self, inputs: Sequence[QueuedInput], done: Callable[[], None]) -> list[str]:
-        """Take waiting inputs out of wherever they are; `done` is called when the log says so."""
+    def _withdraw(self, inputs: Sequence[QueuedInput], done: Callable[[], None]) -> None:
+        """Take waiting inputs out of wherever they are; `done` is called when the log says so of all of them."""
         if not inputs:
             done()
-            return []
-        gone = set(map(id, inputs))
-        for queued in inputs:
-            queued.place = Place.GONE
-            del self._waiting[queued.event.request_id]
-        self._refill([queued for queued in self._drain_inbox() if id(queued) not in gone])
+            return
         if self.turn is not None:
+            gone = set(map(id, inputs))
             self.turn._steer = [queued for queued in self.turn._steer if id(queued) not in gone]
+        self._inbox.withdraw(inputs)
+        each = _after(len(inputs), done)
         for queued in inputs:
-            last = queued is inputs[-1]
             event = Withdrawn(request_id=queued.event.request_id, reason="aborted")
-            self.publisher.enqueue(event, (lambda _: done()) if last else None)
+            self.publisher.enqueue(event, lambda _: each())
         self._tell_credit()
-        return [queued.event.request_id for queued in inputs]
 
     def take_steered(self, turn: Turn) -> list[Input]:
         """Give a running turn what was handed to it; see `Turn.steered`."""
-        taken, turn._steer = turn._steer, []
-        for queued in taken:
-            queued.place = Place.GONE
-            del self._waiting[queued.event.request_id]
-            event = Withdrawn(request_id=queued.event.request_id, reason="steered", turn_id=turn.turn_id)
-            self.publisher.enqueue(event)
+        steered, turn._steer = turn._steer, []
+        taken = self._inbox.take(steered)
+        for event in taken:
+            self.publisher.enqueue(Withdrawn(request_id=event.request_id, reason="steered", turn_id=turn.turn_id))
         if taken:
             self._tell_credit()
-        return [queued.event for queued in taken]
+        return taken
 
     # stopping and answering
 
@@ -523,39 +487,38 @@ class Session:
         """Stop the turn, withdraw queued inputs, or both: withdraw BEFORE cancel, so nothing moves up in between."""
         turn = self.turn
         if frame.request_id is not None:
-            queued = self._waiting.get(frame.request_id)
+            queued = self._inbox.waiting.get(frame.request_id)
             if queued is None:
                 message = f"field 'request_id': {frame.request_id!r} is not waiting in the queue"
                 reader.push(Error(code="unknown_request", message=message, request_id=frame.request_id))
                 return
-            self._reply_aborted(reader, None, [queued])
+            self._stop(reader, None, [queued])
             return
         if frame.turn_id is not None or frame.scope == "turn":
             if turn is None or frame.turn_id not in (None, turn.turn_id):
                 which = "no turn is running" if turn is None else f"field 'turn_id': {frame.turn_id!r} is not running"
                 reader.push(Error(code="no_active_turn", message=which))
                 return
-            self._reply_aborted(reader, turn, [])
+            self._stop(reader, turn, [])
             return
-        self._reply_aborted(reader, turn if frame.scope == "all" else None, list(self._waiting.values()))
+        self._stop(reader, turn if frame.scope == "all" else None, list(self._inbox.waiting.values()))
 
-    def _reply_aborted(self, reader: Reader, turn: Turn | None, inputs: Sequence[QueuedInput]) -> None:
+    def _stop(self, reader: Reader, turn: Turn | None, inputs: Sequence[QueuedInput]) -> None:
         turn_id = None if turn is None else turn.turn_id
         withdrawn: list[str] = [queued.event.request_id for queued in inputs]
-
-        def reply() -> None:
-            reader.push(Aborted(turn_id=turn_id, withdrawn=withdrawn))
-
-        if turn is None:
-            self._withdraw(inputs, reply)
-        else:
-            self._withdraw(inputs, lambda: None)
-            turn._on_ended.append(reply)
+        # The turn may be ending already, so either can be in the log first; the reply promises both.
+        done = _after(1 if turn is None else 2, lambda: reader.push(Aborted(turn_id=turn_id, withdrawn=withdrawn)))
+        self._withdraw(inputs, done)
+        if turn is not None:
+            turn._on_ended.append(done)
             self.stop_turn(turn, "aborted")
 
     def stop_turn(self, turn: Turn, reason: str) -> None:
-        """Ask a turn to end; the first reason counts. It ends within ``stop_timeout``, whatever its agent does."""
-        if turn._stop_reason is None and not turn._closed:
+        """Ask a turn to end; the first reason counts. It ends within ``stop_timeout``, whatever its agent does.
+
+        An agent that has returned is not stopped any more: its turn ends as it would have.
+        """
+        if turn._stop_reason is None and not turn._closed and not turn._finished.is_set():
             turn._stop_reason = reason
             turn._scope.cancel()
             turn._settled.set()
@@ -571,6 +534,11 @@ class Session:
         problem = pending.accepts(frame.value)
         if problem is not None:
             reader.push(Error(code="invalid_frame", message=f"field 'value': {problem}"))
+            return
+        room = self.limits.max_frame_bytes - _NUMBERS
+        if type(frame.value) is str and (size := len(codec.dump_json(frame.value))) > room:
+            message = f"field 'value': {size:,} bytes do not fit into an event; expected at most {room:,}"
+            reader.push(Error(code="invalid_frame", message=message))
             return
         pending.value = frame.value
         self.decide_ask(
@@ -607,44 +575,38 @@ class Session:
 
     async def _turn_loop(self) -> None:
         await self.recovered.wait()
-        async for queued in self._inbox_out:
+        if self.turn is not None:
+            await self._run_turn(self.turn)
+        while True:
+            queued = await self._inbox.receive()
             if self.draining:
                 await trio.sleep_forever()  # what waits stays stored, and runs after the restart
-            if queued.place is not Place.INBOX:
-                continue  # withdrawn while it was handed over
-            if queued.step_back:
-                queued.step_back = False
-                self._refill([*self._drain_inbox(), queued])
-                continue
-            inputs = [queued]
+            # No await between taking inputs out and having a turn: an input is in the inbox or owned by a turn.
+            taken = [queued]
             if queued.on_busy == "collect":
-                rest = self._drain_inbox()
-                same = partial(_collects, queued.event.sender)
-                together = list(takewhile(same, rest))
-                inputs += together
-                self._refill(rest[len(together) :])
-            await self._run_turn([item.event for item in inputs])
+                taken += self._inbox.following(queued)
+            turn = self._begin_turn(self._inbox.take(taken))
+            self._tell_credit()
+            await self._run_turn(turn)
 
-    async def _run_turn(self, inputs: Sequence[Input]) -> None:
-        """Run the agent once. When this returns, the turn's `turn_ended` is visible and its work is over."""
-        attempt = max(self._attempts.pop(item.request_id, 1) for item in inputs)
-        turn = Turn(self, f"t_{self.sources.new_id()}", inputs, attempt)
-        turn._max_deadline = trio.current_time() + self.limits.max_turn_ms / 1000
-        # No await between taking the inputs out and having a turn: an input is in the inbox or owned by a turn.
-        self.turn = turn
-        for item in inputs:
-            del self._waiting[item.request_id]
-        self._tell_credit()
-        self.publisher.open_turn(turn.turn_id)
-        # Stored before the agent starts: after a crash the log says that it may have run.
-        await self.publisher.publish(
-            TurnStarted(turn_id=turn.turn_id, request_ids=[item.request_id for item in inputs], attempt=attempt)
+    def _begin_turn(self, inputs: Sequence[Input], attempt: int = 1) -> Turn:
+        turn = self.turn = Turn(self, f"t_{self.sources.new_id()}", inputs, attempt)
+        started = TurnStarted(
+            turn_id=turn.turn_id, request_ids=[item.request_id for item in inputs], attempt=turn.attempt
         )
+        self.publisher.enqueue(started, lambda _: turn._started.set())
+        return turn
+
+    async def _run_turn(self, turn: Turn) -> None:
+        """Run the agent once. When this returns, the turn's `turn_ended` is visible and its work is over."""
+        # Stored before the agent starts: after a crash the log says that it may have run.
+        await turn._started.wait()
         if turn._stop_reason is None:
             assert self._nursery is not None
             # Owned by the session; ends by itself, or by `stop_turn`. Its own task, so that an agent that does not
             # react to its cancellation cannot wedge the session.
             self._nursery.start_soon(self._run_agent, turn)
+            turn._max_deadline = trio.current_time() + self.limits.max_turn_ms / 1000
             turn._limit_scope.deadline = turn._max_deadline
             if not self.readers:
                 self._limit_detached(turn)
@@ -661,34 +623,23 @@ class Session:
 
     async def _run_agent(self, turn: Turn) -> None:
         try:
-            with turn._scope:
-                turn._take_result(await self._agent(turn))
-        except Exception as exc:
-            turn._result = None
-            turn._failure = self._explain(turn, exc)
+            if turn._stop_reason is None:
+                with turn._scope:
+                    turn._take_result(await self._agent(turn))
+        # `except*`: what an agent raises while the whole gateway is cancelled comes in one group with that.
+        except* _AGENT_ERRORS as group:
+            turn._failure = self._explain(turn, group)
         finally:
             turn._finished.set()
             turn._settled.set()
 
-    def _explain(self, turn: Turn, exc: Exception) -> ErrorInfo:
-        """What the client may know of an agent's exception; the operator gets the rest, by a reference id."""
-        leaf: BaseException = exc
-        while isinstance(leaf, BaseExceptionGroup):
-            leaf = next((item for item in leaf.exceptions if isinstance(item, TurnFailed)), leaf.exceptions[0])
-        if isinstance(leaf, TurnFailed):
-            return ErrorInfo(code=leaf.code, message=leaf.message, retryable=leaf.retryable)
-        if turn._stop_reason is None:
-            reference = self.sources.new_id()
-            _log.error(
-                "agent_failed",
-                session_id=self.record.session_id,
-                turn_id=turn.turn_id,
-                reference=reference,
-                error=f"{type(leaf).__name__}: {leaf}",
-                exc_info=exc,
-            )
-            return ErrorInfo(code="agent_error", message=f"the agent failed (reference {reference})", retryable=True)
-        return ErrorInfo(code="agent_error", message="the agent failed while it was being stopped", retryable=True)
+    def _explain(self, turn: Turn, exc: BaseException) -> ErrorInfo:
+        session_id, reference = self.record.session_id, self.sources.new_id()
+        if turn._stop_reason is None and not turn._closed:
+            return explain(exc, reference, session_id=session_id, turn_id=turn.turn_id)
+        # Its turn ends for another reason; that clean-up failed is the usual echo of a cancellation.
+        _log.info("agent_failed_when_stopped", session_id=session_id, turn_id=turn.turn_id, error=type(exc).__name__)
+        return ErrorInfo(code="agent_error", message="the agent failed when it was stopped")
 
     async def _end_turn(self, turn: Turn) -> None:
         """Close what the turn left open and write its end."""
@@ -698,8 +649,8 @@ class Session:
         turn._closed = True
         back, turn._steer = turn._steer, []
         if back:
-            self._to_inbox(back)
-        outputs = self._final_outputs(turn) if outcome == "completed" else ()
+            self._inbox.insert(back)
+        text = turn._result if outcome == "completed" else None
 
         def visible() -> None:
             # One step with the event's appearance: who sees `turn_ended` finds the session free.
@@ -709,7 +660,7 @@ class Session:
                 reply()
             turn._ended.set()
 
-        self.publisher.enqueue(Finish(turn.turn_id, outcome, error, outputs), lambda _: visible())
+        self.publisher.enqueue(Finish(turn.turn_id, outcome, error, text), lambda _: visible())
         await turn._ended.wait()
 
     def _outcome(self, turn: Turn) -> tuple[TurnOutcome, ErrorInfo | None]:
@@ -729,25 +680,6 @@ class Session:
             return "failed", turn._failure
         return "completed", None
 
-    def _final_outputs(self, turn: Turn) -> list[Output]:
-        """Returned text as outputs, in segments if it is long."""
-        text = turn._result
-        if not text:
-            return []
-        size = self.limits.segment_bytes // 4  # characters; at most `segment_bytes` of UTF-8
-        if text.isascii():
-            size = self.limits.segment_bytes
-        pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        return [
-            Output(
-                turn_id=turn.turn_id,
-                channel="answer",
-                content=piece,
-                metadata={"more": True} if i + 1 < len(pieces) else {},
-            )
-            for i, piece in enumerate(pieces)
-        ]
-
     async def finish_turn(self, timeout: float) -> None:
         """Wait until no turn runs, at most `timeout` seconds; then end it as ``interrupted`` and wait for that."""
         with trio.move_on_after(timeout):
@@ -758,5 +690,14 @@ class Session:
             await turn._ended.wait()
 
 
-def _collects(sender: str, queued: QueuedInput) -> bool:
-    return queued.on_busy == "collect" and queued.event.sender == sender
+def _after(count: int, done: Callable[[], None]) -> Callable[[], None]:
+    """A function that calls `done` when it is called for the last of `count` times."""
+    left = count
+
+    def one() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            done()
+
+    return one

@@ -32,7 +32,8 @@ from gateway.protocol.messages import (
 from gateway.protocol.patch import merge_patch
 
 if TYPE_CHECKING:
-    from gateway.session.session import QueuedInput, Session
+    from gateway.session.inbox import QueuedInput
+    from gateway.session.session import Session
 
 PIECE = 16 * 1024
 """Characters in one delta at most: at most 64 KiB of UTF-8, so a merged delta can always hold it."""
@@ -41,8 +42,14 @@ YIELD_EVERY = 32
 """Sends between two checkpoints when the outbox has room: a checkpoint costs as much as four sends, and 32 sends are
 below 0.1 ms, so nobody else is kept waiting."""
 
-_FRAME_OVERHEAD = 512
-"""Bytes that an event's own fields (numbers, ids, names) may add to what the agent hands in."""
+NUMBERS = 64
+"""Bytes that `seq`, `first` and `at` may add to an event between here and the wire."""
+
+LONGEST_ASK = 1e9
+"""Seconds; what is longer is for ever, and has no place in an integer of milliseconds."""
+
+MAX_NAME = 256
+"""Characters in a name an agent gives: a tool, a call, a progress key, an event of its own."""
 
 
 @define(eq=False)
@@ -61,8 +68,7 @@ class PendingAsk:
             return None if type(value) is bool else "expected true or false"
         if kind == "choice":
             options = self.event.options or []
-            fits = any(type(value) is type(option) and value == option for option in options)
-            return None if fits else "expected one of the ask's options"
+            return None if any(_same(value, option) for option in options) else "expected one of the ask's options"
         return None if type(value) is str else "expected a string"
 
 
@@ -70,8 +76,9 @@ class Turn:
     """One run of an agent. The engine makes it; an agent gets it as its only argument.
 
     Every writing method waits while the outbox is full, is safe to cancel (the write then happened or did not, never
-    half), and raises `TurnClosed` once the turn has ended, `TurnLimitExceeded` when a limit would be exceeded and
-    `ValueError` when something has no JSON form.
+    half), and raises `TurnClosed` once the turn has ended, `TurnLimitExceeded` when a limit would be exceeded,
+    `TypeError` for what is no text and `ValueError` when something has no JSON form; nothing was written then. What is
+    handed in is copied: changing it later changes nothing.
 
     Attributes:
         inputs: the messages this turn answers, in order; more than one only with ``on_busy: "collect"``.
@@ -90,6 +97,7 @@ class Turn:
         self._publisher = session.publisher
         self._outbox = session.publisher.outbox
         self._state = session.view.state
+        self._state_lock = trio.Lock()
         self._channels: set[str] = set()
         self._progress: dict[str, int] = {}
         self._written = 0
@@ -98,6 +106,7 @@ class Turn:
         self._closed = False
         self._scope = trio.CancelScope()
         self._limit_scope = trio.CancelScope()
+        self._started = trio.Event()
         self._settled = trio.Event()
         self._finished = trio.Event()
         self._ended = trio.Event()
@@ -156,7 +165,9 @@ class Turn:
             self._check_open()
         if channel not in self._channels:
             self._add_channel(channel)
-        size = len(text) if text.isascii() else len(text.encode())
+        if not isinstance(text, str):
+            raise TypeError(f"text: expected str, not {type(text).__name__}")
+        size = len(text) if text.isascii() else _utf8_size(text)
         self._charge(size)
         outbox = self._outbox
         for piece in (text,) if size <= PIECE else [text[i : i + PIECE] for i in range(0, len(text), PIECE)]:
@@ -165,9 +176,9 @@ class Turn:
             delta = Delta(turn_id=self.turn_id, channel=channel, text=piece)
             try:
                 outbox.send_nowait(delta)
-            except trio.WouldBlock:
+            except (trio.WouldBlock, trio.BrokenResourceError):
                 self._unyielded = 0
-                await outbox.send(delta)
+                await self._put(delta)
         self._unyielded += 1
         if self._unyielded >= YIELD_EVERY or self._scope.cancel_called:
             self._unyielded = 0
@@ -180,41 +191,54 @@ class Turn:
     async def output(self, content: str, channel: str = "answer", metadata: Mapping[str, Any] | None = None) -> None:
         """State text as final: it replaces what was streamed on `channel` since the last output there."""
         self._add_channel(channel)
-        event = Output(turn_id=self.turn_id, channel=channel, content=content, metadata=dict(metadata or {}))
-        await self._emit(event, content, event.metadata)
+        content, given = _text("content", content), _plain(dict(metadata or {}))
+        await self._emit(Output(turn_id=self.turn_id, channel=channel, content=content, metadata=given))
 
     async def progress(self, key: str, data: Any) -> None:
         """Say how far `key` is. Only the latest per key counts, and none after the turn."""
-        size = len(codec.check_json(data)) + len(key.encode())
+        self._check_open()
+        event = Progress(turn_id=self.turn_id, key=_text("key", key, MAX_NAME), data=_plain(data))
+        size = len(codec.dump_json([key, event.data]))
         others = sum(self._progress.values()) - self._progress.get(key, 0)
         if others + size > self._limits.max_state_bytes // 2:
             raise TurnLimitExceeded(f"progress: all keys together may hold {self._limits.max_state_bytes // 2:,} bytes")
         self._progress[key] = size
-        await self._emit(Progress(turn_id=self.turn_id, key=key, data=data), key, data)
+        await self._emit(event)
 
     async def tool_call(self, name: str, arguments: Any = None, call_id: str | None = None) -> str:
         """Show that a tool is called. Returns the call's id, for `tool_result`."""
         call_id = call_id or f"call_{self._session.sources.new_id()}"
-        event = ToolCall(turn_id=self.turn_id, call_id=call_id, name=name, arguments=arguments)
-        await self._emit(event, name, arguments)
+        await self._emit(
+            ToolCall(
+                turn_id=self.turn_id,
+                call_id=_text("call_id", call_id, MAX_NAME),
+                name=_text("name", name, MAX_NAME),
+                arguments=_plain(arguments),
+            )
+        )
         return call_id
 
     async def tool_result(self, call_id: str, result: Any = None, is_error: bool = False) -> None:
         """Show what a tool returned."""
-        event = ToolResult(turn_id=self.turn_id, call_id=call_id, result=result, is_error=is_error)
-        await self._emit(event, call_id, result)
+        call_id = _text("call_id", call_id, MAX_NAME)
+        await self._emit(
+            ToolResult(turn_id=self.turn_id, call_id=call_id, result=_plain(result), is_error=bool(is_error))
+        )
 
     async def custom(self, name: str, data: Any = None) -> None:
         """Write an event of the application's own."""
-        await self._emit(Custom(turn_id=self.turn_id, name=name, data=data), name, data)
+        await self._emit(Custom(turn_id=self.turn_id, name=_text("name", name, MAX_NAME), data=_plain(data)))
 
     async def update_state(self, patch: Mapping[str, Any]) -> None:
         """Change the session's state by an RFC 7396 merge patch: a key set to None goes away, objects are merged."""
-        changed = merge_patch(self._state, dict(patch))
-        if len(codec.check_json(changed)) > self._limits.max_state_bytes:
-            raise TurnLimitExceeded(f"state: a session's state may hold {self._limits.max_state_bytes:,} bytes")
-        await self._emit(State(patch=dict(patch)), "", dict(patch))
-        self._state = changed
+        given = _plain(dict(patch))
+        # One at a time: the next patch applies to what this one leaves, in the order in which they are written.
+        async with self._state_lock:
+            changed = merge_patch(self._state, given)
+            if len(codec.dump_json(changed)) > self._limits.max_state_bytes:
+                raise TurnLimitExceeded(f"state: a session's state may hold {self._limits.max_state_bytes:,} bytes")
+            await self._emit(State(patch=given))
+            self._state = changed
 
     async def ask(
         self, kind: AskKind, prompt: str, options: Sequence[Any] | None = None, timeout: float | None = None
@@ -223,7 +247,9 @@ class Turn:
 
         Args:
             kind: ``approval`` (the answer is a bool), ``choice`` (one of `options`) or ``input`` (a string).
-            timeout: seconds; None waits as long as the turn may run. The question outlives every connection.
+            options: of a ``choice``: the values that may be answered.
+            timeout: seconds; None (or infinity) waits as long as the turn may run. The question outlives every
+                connection.
 
         Returns:
             The answer. When it timed out or was cancelled: False for an approval, else None.
@@ -233,23 +259,26 @@ class Turn:
             raise ValueError(f"kind: expected approval, choice or input, got {kind!r}")
         if kind == "choice" and not options:
             raise ValueError("options: a choice needs at least one")
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout: expected seconds, 0 or more, got {timeout!r}")
         if len(self._asks) >= self._limits.max_asks:
             raise TurnLimitExceeded(f"ask: {self._limits.max_asks} questions are open already (limits.max_asks)")
+        wait = inf if timeout is None or timeout > LONGEST_ASK else timeout
         event = Ask(
             turn_id=self.turn_id,
             ask_id=f"a_{self._session.sources.new_id()}",
             kind=kind,
-            prompt=prompt,
-            options=None if options is None else list(options),
-            timeout_ms=None if timeout is None else int(timeout * 1000),
+            prompt=_text("prompt", prompt),
+            options=None if options is None else _plain(list(options)),
+            timeout_ms=None if wait == inf else int(wait * 1000),
         )
         room = self._limits.max_frame_bytes // (4 * self._limits.max_asks)
-        if len(codec.check_json([prompt, event.options])) > room:
+        if len(codec.dump_json([prompt, event.options])) > room:
             raise TurnLimitExceeded(f"ask: prompt and options may hold {room:,} bytes")
         pending = self._asks[event.ask_id] = PendingAsk(event)
         try:
-            await self._emit(event, prompt, event.options)
-            with trio.move_on_after(inf if timeout is None else timeout):
+            await self._emit(event)
+            with trio.move_on_after(wait):
                 await pending.decided.wait()
             if pending.outcome is None:
                 self._session.decide_ask(self, pending, "timed_out")
@@ -274,8 +303,7 @@ class Turn:
     def _add_channel(self, channel: str) -> None:
         self._check_open()
         if channel not in self._channels:
-            if not channel or len(channel) > 64:
-                raise ValueError("channel: expected a name of 1 to 64 characters")
+            _text("channel", channel, 64)
             if len(self._channels) >= self._limits.max_channels:
                 raise TurnLimitExceeded(f"a turn may use {self._limits.max_channels} channels (limits.max_channels)")
             self._channels.add(channel)
@@ -285,20 +313,56 @@ class Turn:
         if result is not None and type(result) is not str:
             raise TypeError(f"an agent returns text or None, not {type(result).__name__}")
         if result:
-            self._charge(len(result.encode()))
+            self._charge(_utf8_size(result))
         self._result = result
 
-    async def _emit(self, event: Event, *parts: Any) -> None:
-        """Write an event whose free parts are `parts`."""
+    async def _emit(self, event: Event) -> None:
         self._check_open()
-        size = len(codec.check_json(parts))
-        if size + _FRAME_OVERHEAD > self._limits.max_frame_bytes:
+        size = len(codec.encode_event(event, 0)) + NUMBERS
+        if size > self._limits.max_frame_bytes:
             raise TurnLimitExceeded(
                 f"{event.type}: {size:,} bytes do not fit into a frame of {self._limits.max_frame_bytes:,} "
                 "(limits.max_frame_bytes); send it in parts"
             )
         self._charge(size)
-        await self._outbox.send(event)
+        await self._put(event)
+
+    async def _put(self, event: Event) -> None:
+        try:
+            await self._outbox.send(event)
+        except trio.BrokenResourceError:
+            raise TurnClosed(f"the session of turn {self.turn_id} has ended") from None
+
+
+def _text(name: str, value: object, most: int | None = None) -> str:
+    """Check text that an agent hands in; with `most`, a name of so many characters, not empty."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected str, not {type(value).__name__}")
+    if most is not None and not 0 < len(value) <= most:
+        raise ValueError(f"{name}: expected 1 to {most} characters, got {len(value)}")
+    _utf8_size(value)
+    return value
+
+
+def _utf8_size(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as exc:
+        raise ValueError(
+            f"text: half a character (a lone surrogate) at index {exc.start}; decode a stream as a whole, not in pieces"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """`value` as its readers will see it: plain JSON that nobody else can change any more."""
+    return codec.parse_json(codec.check_json(value))
+
+
+def _same(value: Any, option: Any) -> bool:
+    # JSON has one kind of number (a browser sends 2 for 2.0); Python would also take true for 1.
+    if type(value) is bool or type(option) is bool:
+        return value is option
+    return bool(value == option)
 
 
 def answered(pending: PendingAsk, turn_id: str, by: str | None) -> Answered:

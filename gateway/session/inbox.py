@@ -1,0 +1,187 @@
+"""The inbox: the inputs that no turn has taken yet, and the order in which the turn loop gets them.
+
+Theory of operation
+-------------------
+An accepted input is in exactly one place at any time, and `waiting` knows all of them until a turn takes them:
+
+    STORING ──▶ INBOX ──▶ (the turn loop)          withdrawn from any of these: GONE
+        └─────▶ STEER ──▶ taken by the running turn, or back to INBOX when it ends
+
+INBOX is a memory channel. Its receiver may have been handed an input and not have run yet; such an input is in no
+buffer, but still in `waiting`, so it can be withdrawn, and `step_back` makes it queue up again when something that
+ranks before it came meanwhile. `receive` looks at both after its last checkpoint.
+
+Everything here but `receive` is synchronous: the loop sees the inbox before or after a change, never in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+import trio
+from attrs import define, field
+
+from gateway.protocol.messages import BusyMode, Error, Input
+
+
+class Place(Enum):
+    STORING = "being stored"
+    INBOX = "in the inbox"
+    STEER = "handed to the running turn"
+    GONE = "withdrawn, or taken by a turn"
+
+
+@define(eq=False)
+class QueuedInput:
+    """An accepted (or nearly accepted) input that no turn has taken yet."""
+
+    event: Input
+    on_busy: BusyMode
+    digest: bytes
+    place: Place = Place.STORING
+    step_back: bool = False
+    """Set when the loop has it in hand but something must run before it."""
+    repliers: list[Callable[[Error | None, int, bool], None]] = field(factory=list)
+    """Whoever sent it and waits for `accepted`: called with an error or None, how many inputs wait before it, and
+    whether it is a repetition."""
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """The order of the inbox: those that interrupt, then the rest, each by number."""
+        return self.on_busy != "interrupt", self.event.seq
+
+
+class Inbox:
+    """A session's waiting inputs.
+
+    Args:
+        capacity: of the channel. `Session.submit` refuses before it is full, so nothing ever waits for room in it.
+
+    Invariant: an input is in `storing` from `admit` until its event is stored or refused, withdrawn or not; it is in
+    `waiting` from `admit` until it is withdrawn or a turn takes it. Of one id there is one in each at most.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.waiting: dict[str, QueuedInput] = {}
+        self.storing: dict[str, QueuedInput] = {}
+        self._ready = 0  # in `waiting` and stored
+        self._in, self._out = trio.open_memory_channel[QueuedInput](capacity)
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    # coming in
+
+    def admit(self, queued: QueuedInput) -> None:
+        """Take in an input whose event is on its way to the store."""
+        self.waiting[queued.event.request_id] = queued
+        self.storing[queued.event.request_id] = queued
+
+    def stored(self, queued: QueuedInput) -> int:
+        """Its event is stored. Returns how many inputs wait before it."""
+        del self.storing[queued.event.request_id]
+        if queued.place is Place.GONE:
+            return 0
+        # Events are stored in the order of their numbers, so all that is ready has a lower one.
+        ahead = self._ready if queued.on_busy != "interrupt" else self.ahead(queued)
+        self._ready += 1
+        return ahead
+
+    def refused(self, queued: QueuedInput) -> None:
+        """Its event could not be stored: it never was."""
+        del self.storing[queued.event.request_id]
+        if queued.place is not Place.GONE:
+            queued.place = Place.GONE
+            del self.waiting[queued.event.request_id]
+
+    def restore(self, inputs: Sequence[QueuedInput]) -> None:
+        """Fill a new inbox with what the store had."""
+        for queued in inputs:
+            self.waiting[queued.event.request_id] = queued
+            queued.place = Place.INBOX
+        self._ready = len(self.waiting)
+        self._refill(inputs)
+
+    def ahead(self, queued: QueuedInput) -> int:
+        """How many stored inputs wait before this one; 0 when it does not wait any more."""
+        if queued.place is Place.GONE:
+            return 0
+        rank = queued.rank
+        return sum(other.rank < rank for other in self.waiting.values() if other.place is not Place.STORING)
+
+    # moving
+
+    def append(self, queued: QueuedInput) -> None:
+        """Put the newest stored input behind all others (which an interrupting one must not be)."""
+        queued.place = Place.INBOX
+        self._in.send_nowait(queued)
+
+    def insert(self, inputs: Sequence[QueuedInput]) -> None:
+        """Put stored inputs in at their rank."""
+        for queued in inputs:
+            queued.place = Place.INBOX
+        self._refill([*self._drain(), *inputs])
+
+    def withdraw(self, inputs: Sequence[QueuedInput]) -> None:
+        """Take waiting inputs out, wherever they are."""
+        from_channel = any(queued.place is Place.INBOX for queued in inputs)
+        for queued in inputs:
+            self._leave(queued)
+        if from_channel:
+            self._refill([queued for queued in self._drain() if queued.place is Place.INBOX])
+
+    def take(self, inputs: Sequence[QueuedInput]) -> list[Input]:
+        """Hand received or steered inputs to a turn, which owns them from now on."""
+        for queued in inputs:
+            self._leave(queued)
+        return [queued.event for queued in inputs]
+
+    def following(self, queued: QueuedInput) -> list[QueuedInput]:
+        """Take off the front what runs in one turn with a received ``collect`` input: the same sender's next ones."""
+        rest = self._drain()
+        count = 0
+        for other in rest:
+            if other.on_busy != "collect" or other.event.sender != queued.event.sender:
+                break
+            count += 1
+        for other in rest[count:]:
+            self._in.send_nowait(other)
+        return rest[:count]
+
+    async def receive(self) -> QueuedInput:
+        """Wait for the next input. It stays in `waiting`; the caller takes it without an await in between."""
+        while True:
+            queued = await self._out.receive()
+            if queued.place is not Place.INBOX:
+                continue  # withdrawn while it was handed over
+            if not queued.step_back:
+                return queued
+            queued.step_back = False
+            self._refill([*self._drain(), queued])
+
+    def _leave(self, queued: QueuedInput) -> None:
+        if queued.place is not Place.STORING:
+            self._ready -= 1
+        queued.place = Place.GONE
+        del self.waiting[queued.event.request_id]
+
+    def _drain(self) -> list[QueuedInput]:
+        taken: list[QueuedInput] = []
+        while True:
+            try:
+                taken.append(self._out.receive_nowait())
+            except trio.WouldBlock:
+                return taken
+
+    def _refill(self, inputs: Sequence[QueuedInput]) -> None:
+        """Fill the (emptied) channel in the order of rank."""
+        ordered = sorted(inputs, key=lambda queued: queued.rank)
+        if ordered:
+            # What is in INBOX but neither here nor in the channel is in the loop's hand.
+            here, first = set(map(id, ordered)), ordered[0].rank
+            for queued in self.waiting.values():
+                if queued.place is Place.INBOX and id(queued) not in here and first < queued.rank:
+                    queued.step_back = True
+        for queued in ordered:
+            self._in.send_nowait(queued)

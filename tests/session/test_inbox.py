@@ -1,0 +1,117 @@
+"""The inbox is bounded: typed refusals, credit, and a long queue that drains at constant depth."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import trio
+from session_harness import Script, open_bench, settle
+
+from gateway.config import Limits
+from gateway.protocol.messages import Accepted, Credit, Error
+from gateway.session import Turn
+
+
+async def test_a_full_inbox_refuses_and_stores_nothing() -> None:
+    agent = Script()
+    async with open_bench(agent, limits=Limits(max_inbox=2)) as bench:
+        bench.send("r1")
+        await settle()
+        bench.send("r2")
+        bench.send("r3")
+        bench.send("r4")  # counts what is still being stored
+        appends = bench.store.appends
+        assert bench.reader.frames[-1] == Error(
+            code="inbox_full",
+            message="2 inputs are waiting",
+            retryable=True,
+            retry_after_ms=1000,
+            request_id="r4",
+            credit=0,
+        )
+        await settle()
+        assert bench.store.appends == appends + 1
+        assert bench.inputs == ["r1", "r2", "r3"]
+        assert [frame.credit for frame in bench.reader.got(Accepted)] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("how", ["turn", "withdrawn", "steered", "not stored"])
+async def test_credit_is_told_once_when_room_appears(how: str) -> None:
+    agent = Script()
+    async with open_bench(agent, limits=Limits(max_inbox=2)) as bench:
+        happy = bench.attach("c2")
+        bench.send("r1")
+        await settle()
+        bench.send("r2", on_busy="steer" if how == "steered" else "queue")
+        await settle()
+        if how == "not stored":
+            bench.store.unavailable = True
+        bench.send("r3", reader=happy)
+        bench.send("r4")
+        assert bench.reader.frames[-1].code == "inbox_full"  # type: ignore[attr-defined]
+        bench.reader.take()
+        if how == "turn":
+            await settle()
+            await agent.finish()
+        elif how == "withdrawn":
+            bench.abort(request_id="r2")
+        elif how == "steered":
+
+            async def take(turn: Turn) -> None:
+                assert len(turn.steered()) == 1
+
+            await agent.do(take)
+        await settle()
+        assert [frame for frame in bench.reader.take() if isinstance(frame, Credit)] == [Credit(credit=1)]
+        # `happy` was told of credit 0 only if its `accepted` said so.
+        told = [frame.credit for frame in happy.got(Accepted)]
+        assert len(happy.got(Credit)) == (1 if told == [0] else 0)
+        bench.store.unavailable = False
+
+
+async def test_a_thousand_inputs_drain_with_constant_stack_and_tasks() -> None:
+    depths: list[int] = []
+    tasks: list[int] = []
+    ran: list[str] = []
+
+    class Tasks(trio.abc.Instrument):
+        alive = most = 0
+
+        def task_spawned(self, task: trio.lowlevel.Task) -> None:
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+
+        def task_exited(self, task: trio.lowlevel.Task) -> None:
+            self.alive -= 1
+
+    count = Tasks()
+    gate = trio.Event()
+
+    async def agent(turn: Turn) -> None:
+        await gate.wait()
+        depths.append(len(inspect.stack(0)))
+        assert bench.session._nursery is not None
+        tasks.append(len(bench.session._nursery.child_tasks))
+        ran.append(turn.input.content)
+        await turn.send("x")
+
+    async with open_bench(agent, limits=Limits(max_inbox=1000)) as bench:
+        bench.send("first")
+        await settle()
+        for i in range(1000):
+            bench.send(f"r{i}")
+        bench.send("too many")
+        await settle()
+        assert bench.session.credit == 0
+        assert bench.reader.got(Error)[-1].code == "inbox_full"
+        trio.lowlevel.add_instrument(count)
+        gate.set()
+        await settle()
+        trio.lowlevel.remove_instrument(count)
+        assert ran == ["first", *(f"r{i}" for i in range(1000))]
+        assert len(set(depths)) == 1
+        assert set(tasks) == {2}  # the publisher and the agent; the loop is the nursery's own task
+        assert count.most <= 1  # one agent at a time, beside those that were there before
+        assert bench.session.credit == 1000
+        assert bench.session.waiting == 0
