@@ -13,7 +13,7 @@ from gateway.store.base import Stored
 
 @define(eq=False)
 class OpenInput:
-    """An input that no finished turn has consumed; `done` once that has changed.
+    """An input, and whether a finished turn or a withdrawal is `done` with it.
 
     `turn` is the ``seq`` of the `TurnStarted` that took it, None while it waits.
     """
@@ -26,12 +26,12 @@ class OpenInput:
 def fold(event: Event, inputs: Mapping[int, OpenInput], turn: int | None) -> int | None:
     """Apply a stored event to the open inputs (``seq`` → input, in order) and the open turn; returns the open turn.
 
-    An `Input` itself must be in `inputs` already. Inputs that are done stay in the mapping until the caller has dealt
-    with the whole batch: a batch that ends a lost turn and starts the next attempt hands them on.
+    An `Input` must be in `inputs` already, and so must what `retried` names: an input whose turn was lost is done with,
+    until the next attempt takes it again.
     """
     if type(event) is TurnStarted:
         for request_id in event.request_ids:
-            _pick(inputs, request_id, event.seq)
+            _take(inputs, request_id, event.seq)
         return event.seq
     if type(event) is TurnEnded:
         for item in inputs.values():
@@ -46,18 +46,28 @@ def fold(event: Event, inputs: Mapping[int, OpenInput], turn: int | None) -> int
     return turn
 
 
-def _pick(inputs: Mapping[int, OpenInput], request_id: str, turn: int) -> None:
-    """Give the oldest waiting input with that id to `turn`; failing that, one of an earlier attempt."""
+def _take(inputs: Mapping[int, OpenInput], request_id: str, turn: int) -> None:
+    """Give the oldest waiting input with that id to `turn`; failing that, the newest that an earlier turn had."""
     again = None
     for item in inputs.values():
         if item.request_id == request_id:
-            if item.turn is None and not item.done:
-                item.turn = turn
-                return
             if item.turn is not None:
                 again = item
+            elif not item.done:
+                item.turn = turn
+                return
     if again is not None:
         again.turn, again.done = turn, False
+
+
+def retried(batch: Sequence[Stored]) -> set[str]:
+    """Request ids that a turn of this batch takes for another attempt: their inputs may be done with already."""
+    return {
+        request_id
+        for item in batch
+        if type(item.event) is TurnStarted and item.event.attempt > 1
+        for request_id in item.event.request_ids
+    }
 
 
 def touches_inputs(batch: Sequence[Stored]) -> bool:

@@ -11,10 +11,10 @@ from attrs import define, field
 from gateway.config import MIB
 from gateway.errors import StoreRefused
 from gateway.protocol.keys import Key
-from gateway.protocol.messages import Event, Input, State, TurnStarted
+from gateway.protocol.messages import Event, Input, State, TurnStarted, Withdrawn
 from gateway.protocol.patch import merge_patch
 from gateway.store.base import Purged, Retention, SessionRecord, Store, Stored, StoredInput, StoredSession
-from gateway.store.facts import OpenInput, check, fold
+from gateway.store.facts import OpenInput, check, fold, retried
 
 
 @define(eq=False)
@@ -24,7 +24,10 @@ class _Input(OpenInput):
 
 @define(eq=False)
 class _Session:
-    """Invariant: ``floor < events[0][0].seq``; `size` is the bytes of `events`; `inputs` holds none that is done."""
+    """One session. `events` are (event, encoded bytes, ``on_busy``), `size` is the bytes of all.
+
+    Invariant: ``floor < events[0][0].seq``; between two appends `inputs` holds none that is done.
+    """
 
     record: SessionRecord
     reserved: int
@@ -33,10 +36,23 @@ class _Session:
     floor: int = 0
     size: int = 0
     state: dict[str, Any] = field(factory=dict)
-    events: deque[tuple[Event, int]] = field(factory=deque)
+    events: deque[tuple[Event, int, str]] = field(factory=deque)
     inputs: dict[int, _Input] = field(factory=dict)
     turn: TurnStarted | None = None
     keys: dict[str, Key] = field(factory=dict)
+
+    def reopen(self, request_ids: set[str]) -> None:
+        """Bring back what finished turns had consumed of these, for another attempt."""
+        found: dict[str, StoredInput] = {}
+        for event, _, on_busy in self.events:
+            if type(event) is Input and event.request_id in request_ids:
+                found[event.request_id] = StoredInput(event, on_busy)
+            elif type(event) is Withdrawn:
+                found.pop(event.request_id, None)
+        for request_id, stored in found.items():
+            again = _Input(request_id, turn=0, done=True, stored=stored)
+            self.inputs.setdefault(stored.event.seq, again)
+        self.inputs = dict(sorted(self.inputs.items()))
 
 
 class MemoryStore(Store):
@@ -75,7 +91,7 @@ class MemoryStore(Store):
             return None
         newest: list[Event] = []
         floor, total = session.floor, 0
-        for event, size in reversed(session.events):
+        for event, size, _ in reversed(session.events):
             total += size
             if newest and (len(newest) == max_events or total > max_bytes):
                 floor = event.seq
@@ -99,10 +115,12 @@ class MemoryStore(Store):
         if session is None:
             raise StoreRefused(f"session {session_id} is not known")
         check(session_id, session.head, batch)
+        if again := retried(batch):
+            session.reopen(again)
         turn = session.turn.seq if session.turn else None
         for item in batch:
             event = item.event
-            session.events.append((event, len(item.payload)))
+            session.events.append((event, len(item.payload), item.on_busy))
             session.size += len(item.payload)
             session.head = event.seq
             session.active_at = max(session.active_at, event.at)
@@ -124,7 +142,7 @@ class MemoryStore(Store):
             del session.inputs[seq]
         session.reserved = max(session.reserved, reserved, session.head)
         while len(session.events) > 1 and (len(session.events) > self._max_events or session.size > self._max_bytes):
-            event, size = session.events.popleft()
+            event, size, _ = session.events.popleft()
             session.floor = event.seq
             session.size -= size
 

@@ -1,0 +1,354 @@
+"""Sessions in one SQLite file, for a gateway that runs as one process.
+
+Theory of operation
+-------------------
+*One writer, group commit.* All writes of all sessions go through one thread that owns one connection. The event loop
+collects what waits (`_pending`); while a transaction runs, the next group forms; when it ends, everybody in it is woken
+in one step, and the next group is closed one scheduler pass later, so that those who were just woken and write at once
+are in it. So the cost of a transaction, an fsync among it, is shared by all who wait, and a lone writer waits for
+nobody.
+
+    append() ─▶ _pending ─▶ one group ─▶ writer thread: BEGIN … COMMIT (fsync) ─▶ _finish(): wakes every waiter
+                   ▲                                                                 │
+                   └───────────── the next group forms meanwhile ◀───────────────────┘
+
+*Cancellation* only takes the waiter away: its operation stays in the group. `load` waits for what was handed over for
+its session, so a session that was dropped in mid-write and comes back sees the whole truth.
+
+*Reading* is done on a second connection in a worker thread: in WAL mode it neither waits for a commit nor delays one.
+
+*Who may write.* Two gateways on one file would each serve half of a conversation, so a second one is refused at once:
+the first holds a lock that the kernel frees when its process ends, however it ends. Taking over from a process that is
+alive would be wrong for an embedded store: starting a second gateway by mistake would break the first. Behind the lock
+stands a token in the file: every opening takes the next number, every transaction checks that its own is the newest.
+Should the lock ever fail (its file was removed, a file system without locks), the elder writer gets `StoreFenced`.
+
+*Durable* means: with ``full``, the WAL was synced to the disk before `append` returns; with ``normal``, it survives a
+crash of the process, not one of the machine.
+
+*Failures.* A transaction that fails stores nothing and leaves the file as it was. Disk full, locked, I/O error:
+`StoreUnavailable`, and the next write simply tries again. After an error *while syncing* the transaction may come back
+if the machine crashes before the next write; its numbers were reserved, and its inputs have their keys, so a client
+that sends again is told that it is a duplicate.
+
+`sqlite_file` opens files and explains errors, `sqlite_writer` is the thread's side, `sqlite_reader` has the queries.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import trio
+from attrs import frozen
+
+from gateway.config import MIB
+from gateway.errors import StoreUnavailable
+from gateway.store import sqlite_reader
+from gateway.store.base import Purged, Retention, SessionRecord, Store, Stored, StoredSession
+from gateway.store.sqlite_file import (
+    Connect,
+    Durability,
+    WriterLock,
+    connect,
+    ensure_file,
+    explain,
+    new_epoch,
+    prepare,
+)
+from gateway.store.sqlite_reader import Idle
+from gateway.store.sqlite_writer import Append, Create, Job, Operation, Writer
+
+__all__ = ["SqliteStore", "Statistics", "new_epoch"]
+
+T = TypeVar("T")
+
+MAX_GROUP = 1024
+"""Operations of one transaction: enough for every session of a busy gateway, and milliseconds when it fails and each is
+tried alone."""
+
+MAX_GROUP_BYTES = 8 * MIB
+"""Their payloads: a transaction stays below a tenth of a second on a slow disk, and the WAL stays small."""
+
+CLOSE_TIMEOUT = 10.0
+"""Seconds for the last transaction. A disk that hangs for longer must not keep the process from ending."""
+
+PURGE_SESSIONS, PURGE_EVENTS = 100, 5_000
+"""Of one purge transaction: those who append wait behind it, for some ten milliseconds."""
+
+PURGE_PAGES = 2_000
+"""Pages (4 KiB) given back per purge transaction."""
+
+
+@frozen
+class Statistics:
+    """What a store has done since it was opened. `operations` / `transactions` is how well commits are shared."""
+
+    transactions: int
+    operations: int
+    failures: int
+    waiting: int
+    """Operations handed over and not yet done."""
+
+
+class SqliteStore(Store):
+    """Keeps sessions in the file `path` (and ``path-wal``, ``path-shm``, ``path-lock`` beside it).
+
+    Args:
+        path: the file; it is created, its directory is not. ``~`` is expanded.
+        durability: ``full`` syncs every transaction to the disk; ``normal`` does not survive a crash of the machine.
+        max_events: events kept per session (``replay_max_events``), up to a quarter more between two trims.
+        max_bytes: their encoded bytes (``replay_max_bytes``), the same.
+        retention: what `purge` removes.
+        busy_timeout: seconds to wait for another program that has the file locked.
+        make_connection: for tests.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        durability: Durability = "full",
+        max_events: int = 10_000,
+        max_bytes: int = 8 * MIB,
+        retention: Retention | None = None,
+        busy_timeout: float = 2.0,
+        make_connection: Connect | None = None,
+    ) -> None:
+        # Two names of one file must meet at one lock.
+        self._path = os.path.realpath(os.path.expanduser(path))
+        self.durable = durability == "full"
+        self._durability: Durability = durability
+        self._max_events = max_events
+        self._max_bytes = max_bytes
+        self._retention = retention or Retention()
+        self._busy_timeout = busy_timeout
+        self._make_connection = make_connection
+        self._pending: deque[Operation] = deque()
+        self._last: dict[str, Operation] = {}
+        """Session → its newest operation that is not done. Invariant: operations of a session finish in order."""
+        self._waiting = 0
+        self._busy = self._scheduled = False
+        self._open = False
+        self._groups: SimpleQueue[list[Operation] | None] = SimpleQueue()
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        return self._path
+
+    def statistics(self) -> Statistics:
+        """A look at the writer."""
+        writer = self._writer
+        return Statistics(writer.transactions, writer.batches, writer.failures, self._waiting)
+
+    # opening and closing
+
+    async def __aenter__(self) -> SqliteStore:
+        await trio.to_thread.run_sync(self._open_file)
+        self._token = trio.lowlevel.current_trio_token()
+        self._closed = trio.Event()
+        self._read_turn = trio.CapacityLimiter(1)  # the reading connection serves one at a time
+        self._open = True
+        # Ended by the None that `__aexit__` sends. A daemon, so that a disk that hangs cannot keep the process alive.
+        threading.Thread(target=self._write_groups, name="store-writer", daemon=True).start()
+        return self
+
+    def _connect(self) -> sqlite3.Connection:
+        return connect(self._path, self._durability, self._busy_timeout, self._make_connection)
+
+    def _open_file(self) -> None:
+        self._lock = WriterLock(self._path)
+        connections: list[sqlite3.Connection] = []
+        try:
+            ensure_file(self._path)
+            connections.append(self._connect())
+            token = prepare(connections[0], self._path)
+            connections.append(self._connect())
+            connections[1].execute("PRAGMA query_only = ON")
+            self._reader = connections[1]
+            self._writer = Writer(
+                self._path,
+                connections[0],
+                self._connect,
+                token,
+                max_events=self._max_events,
+                max_bytes=self._max_bytes,
+            )
+        except BaseException as exc:
+            for connection in connections:
+                connection.close()
+            self._lock.release()
+            if isinstance(exc, sqlite3.Error):
+                raise explain(exc, self._path, opening=True) from exc
+            raise
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._open = False
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT):
+            # Behind everything that was handed over before.
+            last = Job((), lambda writer: None)
+            self._submit(last)
+            await last.done.wait()
+            async with self._read_turn:
+                self._reader.close()
+            self._groups.put(None)
+            await self._closed.wait()
+
+    # writing: the event loop's side. Nothing here awaits but the waiting for `Operation.done`.
+
+    def _submit(self, operation: Operation) -> None:
+        self._pending.append(operation)
+        self._waiting += 1
+        for session_id in operation.session_ids:
+            self._last[session_id] = operation
+        self._schedule()
+
+    def _schedule(self) -> None:
+        """Close the next group one scheduler pass from now, unless one is being written."""
+        if not self._busy and not self._scheduled:
+            self._scheduled = True
+            self._token.run_sync_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        group: list[Operation] = []
+        size = 0
+        while self._pending and len(group) < MAX_GROUP and size < MAX_GROUP_BYTES:
+            if isinstance(self._pending[0], Job):
+                if not group:
+                    group.append(self._pending.popleft())
+                break
+            operation = self._pending.popleft()
+            group.append(operation)
+            size += operation.size if isinstance(operation, Append) else 0
+        if group:
+            self._busy = True
+            self._groups.put(group)
+
+    def _finish(self, group: list[Operation]) -> None:
+        self._busy = False
+        self._waiting -= len(group)
+        for operation in group:
+            for session_id in operation.session_ids:
+                if self._last.get(session_id) is operation:
+                    del self._last[session_id]
+            operation.done.set()
+        if self._pending:
+            self._schedule()
+
+    async def _write(self, operation: Operation) -> None:
+        if not self._open:
+            raise StoreUnavailable(f"{self._path}: the store is closed")
+        self._submit(operation)
+        await operation.done.wait()
+        if operation.error is not None:
+            raise operation.error
+
+    async def _job(self, session_ids: Sequence[str], work: Callable[[Writer], T]) -> T:
+        job = Job(session_ids, work)
+        await self._write(job)
+        result: T = job.result
+        return result
+
+    def _write_groups(self) -> None:
+        """The writer thread."""
+        while (group := self._groups.get()) is not None:
+            self._writer.commit(group)
+            self._tell(self._finish, group)
+        self._writer.close()
+        self._lock.release()
+        self._tell(self._closed.set)
+
+    def _tell(self, function: Callable[..., object], *args: Any) -> None:
+        with suppress(trio.RunFinishedError):  # nobody is left to hear it
+            self._token.run_sync_soon(function, *args)
+
+    async def create(self, record: SessionRecord, reserved: int) -> None:
+        await self._write(Create((record.session_id,), record, reserved))
+
+    async def append(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
+        size = sum([len(item.payload) for item in batch])
+        await self._write(Append((session_id,), batch, reserved, size))
+
+    async def delete(self, session_id: str) -> None:
+        await self._job((session_id,), partial(Writer.remove, session_ids=(session_id,)))
+
+    # reading
+
+    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a query in a thread. Cancelling waits for it: a look takes milliseconds."""
+        if not self._open:
+            raise StoreUnavailable(f"{self._path}: the store is closed")
+        try:
+            return await trio.to_thread.run_sync(query, self._reader, limiter=self._read_turn)
+        except sqlite3.Error as exc:
+            raise explain(exc, self._path) from exc
+
+    async def load(self, session_id: str, *, max_events: int, max_bytes: int) -> StoredSession | None:
+        last = self._last.get(session_id)
+        if last is not None:
+            await last.done.wait()
+        return await self._read(
+            partial(sqlite_reader.load, session_id=session_id, max_events=max_events, max_bytes=max_bytes)
+        )
+
+    async def unfinished(self) -> list[str]:
+        return await self._read(sqlite_reader.unfinished)
+
+    # retention
+
+    async def purge(self, *, now: int, in_use: Container[str]) -> Purged:
+        keep = self._retention
+        sessions, keys, size = 0, 0, 0
+        left, left_size = await self._read(sqlite_reader.totals)
+        before = now - keep.resume_window_ms - 1
+        place = (-1 << 62, 0)
+        candidates: deque[Idle] = deque()
+        enough = False
+        while not enough:
+            if not candidates:
+                candidates.extend(
+                    await self._read(partial(sqlite_reader.idle_since, at=before, after=place, limit=1_000))
+                )
+                if not candidates:
+                    break
+            chosen: list[str] = []
+            events, then, then_size = 0, left, left_size
+            while candidates and len(chosen) < PURGE_SESSIONS and events < PURGE_EVENTS:
+                one = candidates[0]
+                over = then > keep.max_sessions or then_size > keep.max_total_bytes
+                enough = not over and now - one.active_at <= keep.max_age_ms
+                if enough:
+                    break
+                candidates.popleft()
+                place = (one.active_at, one.id)
+                # No await from here to `_submit`: a session that is loaded afterwards finds it gone.
+                if one.session_id not in in_use:
+                    chosen.append(one.session_id)
+                    events += one.events
+                    then -= 1
+                    then_size -= one.size
+            if chosen:
+                removed = await self._job(chosen, partial(Writer.remove, session_ids=chosen, idle_since=before))
+                sessions, keys, size = sessions + removed[0], keys + removed[1], size + removed[2]
+                left, left_size = left - removed[0], left_size - removed[2]
+        keys += await self._expire_keys(now - keep.resume_window_ms)
+        if sessions or keys:
+            await self._job((), partial(Writer.shrink, pages=PURGE_PAGES))
+        return Purged(sessions=sessions, keys=keys, size=size, sessions_left=left, size_left=left_size)
+
+    async def _expire_keys(self, before: int) -> int:
+        total, after = 0, 0
+        look = sqlite_reader.sessions_with_keys_before
+        while ids := await self._read(partial(look, at=before, after=after, limit=PURGE_SESSIONS)):
+            after = ids[-1]
+            total += await self._job((), partial(Writer.expire_keys, sessions=ids, before=before))
+        return total
