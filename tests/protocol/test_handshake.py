@@ -100,6 +100,14 @@ def test_the_highest_common_version_is_chosen(low: int, width: int) -> None:
         assert (caught.value.code, caught.value.close_code) == ("protocol_unsupported", 4406)
 
 
+@pytest.mark.parametrize(("low", "high", "chosen"), [(1, 2, 2), (1, 1, 1), (0, 9, 3), (3, 3, 3)])
+def test_of_several_common_versions_the_highest(
+    monkeypatch: pytest.MonkeyPatch, low: int, high: int, chosen: int
+) -> None:
+    monkeypatch.setattr(handshake, "VERSIONS", (1, 2, 3))
+    assert handshake.negotiate(hello(protocol_min=low, protocol_max=high)) == chosen
+
+
 def test_a_refusal_becomes_a_hello_error_with_the_versions_served() -> None:
     error = HandshakeRefused(
         "rate_limited", "slow down", close_code=4429, next_step="Wait.", retryable=True, retry_after_ms=5

@@ -144,6 +144,7 @@ class LogMachine(RuleBasedStateMachine):
         self.made = 0
         self.turn_id = ""  # none runs
         self.next_seq = 1
+        self.start_turn()
 
     def new_id(self, prefix: str) -> str:
         self.made += 1
@@ -177,10 +178,10 @@ class LogMachine(RuleBasedStateMachine):
         self.append(m.TurnStarted(turn_id=self.turn_id, request_ids=request_ids))
 
     @precondition(lambda self: self.turn_id)
-    @rule(channel=channels, parts=st.lists(texts, min_size=1, max_size=2 * MERGE_FROM))
-    def stream(self, channel: str, parts: list[str]) -> None:
-        for part in parts:
-            self.append(m.Delta(turn_id=self.turn_id, channel=channel, text=part))
+    @rule(channel=channels, text=texts, times=st.sampled_from([1, 3, MERGE_FROM, 2 * MERGE_FROM]))
+    def stream(self, channel: str, text: str, times: int) -> None:
+        for i in range(times):
+            self.append(m.Delta(turn_id=self.turn_id, channel=channel, text=f"{text}{i}"))
 
     @precondition(lambda self: self.turn_id)
     @rule(channel=channels, unit=st.sampled_from(["x", "€"]))
@@ -462,6 +463,17 @@ def test_a_reader_gets_exactly_the_text_above_its_cursor(parts: list[str], budge
     events = list(drain(log, cursor, budget))
     assert "".join(event.text for event in events if isinstance(event, m.Delta)) == "".join(parts[cursor:])
     assert [event.first for event in events] == [cursor + 1, *(event.seq + 1 for event in events)][: len(events)]
+
+
+def test_merged_deltas_cover_what_was_superseded_before_and_between_them() -> None:
+    log = make_log()
+    events: list[m.Event] = [custom()]
+    for i in range(MERGE_FROM):
+        events += [m.Progress(turn_id="t", key="k", data=i), m.Delta(turn_id="t", channel="answer", text=str(i), at=i)]
+    numbered(log, *events, m.Progress(turn_id="t", key="k"))
+    assert served(log, 1)[0] == m.Delta(
+        turn_id="t", channel="answer", text="01234567", first=2, seq=2 * MERGE_FROM + 1, at=MERGE_FROM - 1
+    )
 
 
 def test_few_deltas_go_out_as_they_are_and_many_as_one() -> None:

@@ -130,6 +130,14 @@ def test_a_snapshot_of_nothing() -> None:
     )  # fmt: skip
 
 
+def test_a_session_that_came_back_without_events_is_where_its_log_is() -> None:
+    log = Log(max_events=10, max_bytes=ROOM, base=50)
+    raw = encode_snapshot(SessionView(), log, epoch="e", reason="requested", max_events=10, max_bytes=ROOM)
+    (snapshot,) = codec.decode_server(raw)
+    assert isinstance(snapshot, m.Snapshot)
+    assert (snapshot.cursor, snapshot.transcript_truncated) == (50, True)
+
+
 def test_the_transcript_has_what_was_said_with_the_ranges_a_replay_would_have() -> None:
     call = m.ToolCall(turn_id="t", call_id="c", name="n")
     result = m.ToolResult(turn_id="t", call_id="c")
