@@ -145,6 +145,13 @@ class Plain:
             if frame["type"] == kind and all(frame.get(name) == value for name, value in fields.items()):
                 return frame
 
+    async def had(self, kind: str, **fields: Any) -> Frame:
+        """The first such frame ever, whether it was read already or not."""
+        for frame in self.seen:
+            if frame["type"] == kind and all(frame.get(name) == value for name, value in fields.items()):
+                return frame
+        return await self.until(kind, **fields)
+
     async def until_closed(self) -> Closed:
         """Read on to the end."""
         try:
