@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote
 
-from attrs import frozen
+from attrs import field, frozen
 
 from gateway.errors import StoreUnusable
 from gateway.store import sqlite_reader
@@ -30,7 +30,7 @@ class Summary:
     events: int
     size: int
     waiting: int
-    in_turn: bool
+    in_turn: bool = field(converter=bool)
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def summaries(path: str, session_id: str | None = None) -> list[Summary]:
             FROM sessions AS s WHERE ? IS NULL OR session_id = ? ORDER BY active_at DESC, id DESC""",
             (session_id, session_id),
         )
-        return [Summary(*row[:-1], bool(row[-1])) for row in rows]
+        return [Summary(*row) for row in rows]
 
 
 def read_session(path: str, session_id: str) -> StoredSession | None:

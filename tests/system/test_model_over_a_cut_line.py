@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import trio
+from cutting_proxy import open_proxy
 
 from gateway import AgentConfig, Config, Server, open_gateway, open_session
 from gateway.agents import build_agent
 from gateway.protocol.messages import Delta, Output, TurnEnded
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "client"))
-
-from cutting_proxy import open_proxy
 
 
 @pytest.mark.model
