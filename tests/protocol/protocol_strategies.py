@@ -1,4 +1,4 @@
-"""Hypothesis strategies for every message class, built from its annotations."""
+"""Hypothesis for these tests: strategies for every message class, built from its annotations; and the settings."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import attrs
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from gateway.protocol import messages as m
+
+steady = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+"""The same examples at every run, however busy the machine is."""
 
 text = st.text(st.characters(codec="utf-8"), max_size=8)
 integers = st.integers(-(2**63), 2**64 - 1)

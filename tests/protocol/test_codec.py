@@ -11,7 +11,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from protocol_strategies import any_of, json_values, of, text
+from protocol_strategies import any_of, json_values, of, steady, text
 
 from gateway.errors import FrameError
 from gateway.protocol import codec
@@ -262,17 +262,19 @@ def only_frames_and_refusals(raw: bytes) -> None:
             decode(raw)
 
 
+@steady
 @given(st.binary(max_size=60))
 def test_any_bytes(raw: bytes) -> None:
     only_frames_and_refusals(raw)
 
 
+@steady
 @given(json_values | st.lists(st.dictionaries(st.sampled_from(["type", "seq"]), json_values | st.just("ping"))))
 def test_any_json(value: Any) -> None:
     only_frames_and_refusals(orjson.dumps(value))
 
 
-@settings(max_examples=300)
+@settings(steady, max_examples=300)
 @given(any_of(m.EVENTS, m.CLIENT_FRAMES, m.SERVER_FRAMES), st.data())
 def test_nearly_valid_frames(message: Any, data: st.DataObject) -> None:
     fields = codec.to_builtins(message)
@@ -285,6 +287,7 @@ def test_nearly_valid_frames(message: Any, data: st.DataObject) -> None:
     only_frames_and_refusals(orjson.dumps(fields))
 
 
+@steady
 @given(any_of(m.EVENTS, m.CLIENT_FRAMES), st.data())
 def test_damaged_frames(message: Any, data: st.DataObject) -> None:
     raw = bytearray(codec.encode_frame(message))
@@ -296,16 +299,19 @@ def test_damaged_frames(message: Any, data: st.DataObject) -> None:
 # --- what is written can be read -------------------------------------------------------------------------------------
 
 
+@steady
 @given(any_of(m.SERVER_FRAMES))
 def test_server_frames_come_back(message: m.ServerFrame) -> None:
     assert codec.decode_server(codec.encode_frame(message)) == [message]
 
 
+@steady
 @given(any_of(m.CLIENT_FRAMES))
 def test_client_frames_come_back(message: m.ClientFrame) -> None:
     assert codec.decode_client(codec.encode_frame(message)) == [message]
 
 
+@steady
 @given(any_of(m.EVENTS), st.integers(0, 2**63))
 def test_events_come_back_with_the_first_they_were_served_with(event: m.Event, first: int) -> None:
     raw = codec.encode_event(event, first)
@@ -314,11 +320,13 @@ def test_events_come_back_with_the_first_they_were_served_with(event: m.Event, f
     assert list(orjson.loads(raw))[:4] == ["type", "seq", "first", "at"]
 
 
+@steady
 @given(of(m.Delta))
 def test_the_short_way_for_deltas_writes_what_the_general_way_writes(event: m.Delta) -> None:
     assert codec.encode_event(event, event.first) == orjson.dumps(codec.to_builtins(event))
 
 
+@steady
 @given(of(m.Snapshot))
 def test_snapshots_of_encoded_events_come_back(snapshot: m.Snapshot) -> None:
     transcript, asks = (
@@ -330,7 +338,7 @@ def test_snapshots_of_encoded_events_come_back(snapshot: m.Snapshot) -> None:
 
 
 @pytest.mark.parametrize("cls", m.SERVER_FRAMES.values(), ids=lambda cls: cls.type)
-@settings(max_examples=5)
+@settings(steady, max_examples=5)
 @given(data=st.data())
 def test_type_is_the_first_key(cls: type[m.ServerFrame], data: st.DataObject) -> None:
     assert codec.encode_frame(data.draw(of(cls))).startswith(b'{"type":"%b"' % cls.type.encode())
@@ -409,11 +417,13 @@ def test_what_a_peer_would_refuse_is_refused_when_it_is_written() -> None:
     assert codec.check_json(nested(codec.MAX_GIVEN_DEPTH)) == orjson.dumps(nested(codec.MAX_GIVEN_DEPTH))
 
 
+@steady
 @given(json_values)
 def test_checked_values_can_be_read_back(value: Any) -> None:
     assert codec.parse_json(codec.check_json(value)) == value
 
 
+@steady
 @given(st.lists(text), st.integers(1, 3))
 def test_decoding_does_not_depend_on_what_was_decoded_before(contents: list[str], times: int) -> None:
     codec.structure_all()

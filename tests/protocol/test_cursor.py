@@ -8,6 +8,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from protocol_strategies import steady
 
 from gateway.protocol import messages as m
 from gateway.protocol.cursor import Backoff, CursorTracker, Verdict
@@ -53,6 +54,7 @@ def test_the_rule(first: int, seq: int, verdict: Verdict, cursor: int) -> None:
     assert (tracker.offer(custom(first, seq)), tracker.cursor) == (verdict, cursor)
 
 
+@steady
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), max_size=20))
 def test_the_cursor_never_goes_back_and_never_jumps_over_a_number(events: list[tuple[int, int]]) -> None:
     tracker = CursorTracker()
@@ -85,6 +87,7 @@ def test_a_snapshot_of_a_new_epoch_may_lead_back() -> None:
     assert tracker.offer(custom(3, 3)) == "new"
 
 
+@steady
 @given(st.floats(0, 1), st.floats(0, 100), st.integers(0, 3000))
 def test_a_delay_is_within_the_jitter_and_not_under_the_hint(chance: float, hint: float, attempt: int) -> None:
     backoff = Backoff(base=0.5, cap=30.0)

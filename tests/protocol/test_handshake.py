@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from protocol_strategies import any_of, json_values, of
+from protocol_strategies import any_of, json_values, of, steady
 
 from gateway.errors import HandshakeRefused
 from gateway.protocol import codec, handshake
@@ -77,6 +77,7 @@ def test_a_first_frame_that_is_no_object(raw: bytes) -> None:
     assert refused(raw).code == "invalid_hello"
 
 
+@steady
 @given(any_of(m.CLIENT_FRAMES) | of(m.Hello), st.data())
 def test_any_first_frame_is_a_valid_hello_or_refused(message: m.ClientFrame, data: st.DataObject) -> None:
     fields = codec.to_builtins(message)
@@ -88,6 +89,7 @@ def test_any_first_frame_is_a_valid_hello_or_refused(message: m.ClientFrame, dat
         assert (result.since or 0) >= 0
 
 
+@steady
 @given(st.integers(-3, 6), st.integers(0, 5))
 def test_the_highest_common_version_is_chosen(low: int, width: int) -> None:
     offer = hello(protocol_min=low, protocol_max=low + width)

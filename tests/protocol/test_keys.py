@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from protocol_strategies import json_values, text
+from protocol_strategies import json_values, steady, text
 
 from gateway.protocol.keys import Key, Keys, digest_of
 
@@ -39,6 +39,7 @@ def test_content_cannot_pass_for_metadata(glue: str) -> None:
     assert digest_of("hi" + glue + '{"a":1}', {}) != digest_of("hi", {"a": 1})
 
 
+@steady
 @given(text, st.dictionaries(text, json_values))
 def test_a_digest_is_16_bytes_and_the_same_every_time(content: str, metadata: dict[str, object]) -> None:
     digest = digest_of(content, metadata)
@@ -81,6 +82,7 @@ def test_a_clock_set_back_forgets_nothing_early() -> None:
     assert len(keys) == 2
 
 
+@steady
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 30)), max_size=30), st.integers(0, 20))
 def test_like_a_plain_list(steps: list[tuple[str, int]], window: int) -> None:
     keys, model, now = Keys(window), dict[str, int](), 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from protocol_strategies import json_values, text
+from protocol_strategies import json_values, steady, text
 
 from gateway.protocol.patch import merge_patch
 
@@ -39,6 +39,7 @@ def test_rfc_example(target: Any, patch: Any, expected: Any) -> None:
 objects = st.dictionaries(text, json_values, max_size=4)
 
 
+@steady
 @given(objects, objects)
 def test_neither_argument_is_changed(target: Any, patch: Any) -> None:
     before = copy.deepcopy((target, patch))
@@ -46,6 +47,7 @@ def test_neither_argument_is_changed(target: Any, patch: Any) -> None:
     assert (target, patch) == before
 
 
+@steady
 @given(objects, st.lists(objects, max_size=5), st.data())
 def test_the_newest_patches_once_more_change_nothing(target: Any, patches: list[Any], data: st.DataObject) -> None:
     # A session comes back with its state and the retained `state` events, which the state already contains.

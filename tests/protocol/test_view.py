@@ -8,7 +8,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from protocol_strategies import any_of
+from protocol_strategies import any_of, steady
 
 from gateway.protocol import codec
 from gateway.protocol import messages as m
@@ -184,6 +184,7 @@ def test_what_is_needed_to_go_on_is_there_even_without_room_for_a_transcript() -
     assert snapshot.state == {"k": 1}
 
 
+@steady
 @given(st.lists(any_of(m.EVENTS), max_size=12), st.integers(1, 12), st.integers(0, 3000), st.integers(1, 12))
 def test_any_session_fits(events: list[m.Event], max_events: int, room: int, kept: int) -> None:
     session = Session(kept).add(*events)
