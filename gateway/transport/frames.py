@@ -64,7 +64,8 @@ def parse_head(buffer: bytearray, at: int) -> Head | None:
     """The header at `at`, or None if it is not complete yet. Only what a client may send is accepted.
 
     Raises:
-        FrameViolation: reserved bits or opcodes, an unmasked frame, a control frame that is long or fragmented.
+        FrameViolation: reserved bits or opcodes, an unmasked frame, a control frame that is long or fragmented, a
+            length that is not in its shortest form.
     """
     have = len(buffer) - at
     if have < 2:
@@ -86,13 +87,15 @@ def parse_head(buffer: bytearray, at: int) -> Head | None:
             return None
         size = int.from_bytes(buffer[at + 2 : at + 4], "big")
         start = at + 8
+        if size < 126:
+            raise FrameViolation(1002, "a frame's length must be in its shortest form")
     elif size == 127:
         if have < 10:
             return None
         size = int.from_bytes(buffer[at + 2 : at + 10], "big")
         start = at + 14
-        if size >= 2**63:
-            raise FrameViolation(1002, "a frame's length must be below 2**63")
+        if not 65_536 <= size < 2**63:
+            raise FrameViolation(1002, "a frame's length must be in its shortest form and below 2**63")
     return Head(opcode, bool(b0 & 0x80), start, start + size)
 
 

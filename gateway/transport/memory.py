@@ -10,7 +10,7 @@ from collections import deque
 
 import trio
 
-from gateway.transport.streams import ByteStream
+from gateway.transport.streams import ByteStream, read_size
 
 CAPACITY = 256 * 1024
 """Bytes on the way in one direction: what a kernel's socket buffers hold, roughly."""
@@ -26,6 +26,7 @@ class Line:
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
         self._eof = False
+        self._eof_at = 0.0
         self._broken = False
         self._stalled = False
         self._truncate_after: int | None = None
@@ -35,7 +36,7 @@ class Line:
         """Bytes that were taken from the sender so far."""
 
     def stall(self) -> None:
-        """Deliver nothing until `resume`. The sender notices only when `capacity` bytes are on the way."""
+        """Deliver nothing, not even the end, until `resume`. The sender notices only when the line is full."""
         self._stalled = True
 
     def resume(self) -> None:
@@ -55,6 +56,7 @@ class Line:
         self._writers.unpark_all()
 
     def write(self, data: bytes | memoryview) -> int:
+        """Take what there is room for at once. See `ByteStream.send_nowait`."""
         if self._broken or self._eof:
             raise trio.BrokenResourceError("the line was cut")
         taken = bytes(data[: max(0, self._capacity - self._size)])
@@ -70,21 +72,34 @@ class Line:
             self._readers.unpark_all()
         if cut:
             # The reader gets what came through, then the end; the writer learns of it at its next write.
-            self._eof = True
-            self._writers.unpark_all()
+            self.end()
         return len(taken)
 
     def end(self) -> None:
-        self._eof = True
-        self._readers.unpark_all()
+        """Nothing more will be written: the reader gets what is on the way, then ``b""``."""
+        if not self._eof:
+            self._eof = True
+            self._eof_at = trio.current_time() + self.delay
+            self._readers.unpark_all()
+            self._writers.unpark_all()
+
+    def check_idle(self) -> None:
+        """Raise `trio.BusyResourceError` if a task is waiting for room."""
+        if self._writers:
+            raise trio.BusyResourceError("another task is sending on this stream")
 
     async def wait_room(self) -> None:
+        """Wait until `write` takes something, or raises."""
         await trio.lowlevel.checkpoint()
+        self.check_idle()
         while self._size >= self._capacity and not self._broken and not self._eof:
             await self._writers.park()
 
     async def read(self, max_bytes: int) -> bytes:
+        """Wait for bytes; ``b""`` is the end."""
         await trio.lowlevel.checkpoint()
+        if self._readers:
+            raise trio.BusyResourceError("another task is receiving on this stream")
         while True:
             if self._broken:
                 raise trio.BrokenResourceError("the line was cut")
@@ -102,8 +117,12 @@ class Line:
                 self._size -= len(data)
                 self._writers.unpark_all()
                 return data
-            if self._eof and not self._chunks:
-                return b""
+            if self._eof and not self._chunks and not self._stalled:
+                if trio.current_time() >= self._eof_at:
+                    return b""
+                with trio.move_on_at(self._eof_at):
+                    await self._readers.park()
+                continue
             await self._readers.park()
 
 
@@ -115,6 +134,7 @@ class MemoryByteStream(ByteStream):
         self.incoming = incoming
         self._peer = peer
         self._closed = False
+        self._ended = False
 
     @property
     def peer(self) -> str:
@@ -131,31 +151,46 @@ class MemoryByteStream(ByteStream):
 
     def send_nowait(self, data: bytes | memoryview) -> int:
         self._check_open()
+        if self._ended:
+            raise trio.ClosedResourceError("this side has sent its end")
         return self.outgoing.write(data)
 
     async def send_some(self, data: bytes | memoryview) -> int:
         while True:
             await self.wait_send_all_might_not_block()
             sent = self.send_nowait(data)
-            if sent:
+            if sent or not data:
                 return sent
 
     async def wait_send_all_might_not_block(self) -> None:
+        """Wait until the line takes more. Cancelling is safe."""
+        if not self._closed:
+            await self.outgoing.wait_room()
+        else:
+            await trio.lowlevel.checkpoint()
         self._check_open()
-        await self.outgoing.wait_room()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        self._check_open()
-        data = await self.incoming.read(max_bytes or 65_536)
+        """Wait for at most `max_bytes` bytes and return them; ``b""`` is the peer's end. Cancelling loses nothing."""
+        size = read_size(max_bytes)
+        try:
+            data = await self.incoming.read(size)
+        except trio.BrokenResourceError:
+            self._check_open()
+            raise
         self._check_open()
         return data
 
     async def send_eof(self) -> None:
+        """Say that nothing more will be sent."""
         self._check_open()
+        self.outgoing.check_idle()
+        self._ended = True
         self.outgoing.end()
         await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
+        """Close at once: what is on the way to the peer arrives, what the peer sends from now on is refused."""
         if not self._closed:
             self._closed = True
             self.outgoing.end()

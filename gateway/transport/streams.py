@@ -12,6 +12,20 @@ from abc import abstractmethod
 
 import trio
 
+READ_BYTES = 65_536
+"""Bytes asked for in one read: the socket buffer of a peer that sends much, in a few reads."""
+
+
+def read_size(max_bytes: int | None) -> int:
+    """Check the argument of `receive_some`, as trio's streams do."""
+    if max_bytes is None:
+        return READ_BYTES
+    if type(max_bytes) is not int:
+        raise TypeError(f"max_bytes must be an int, not {type(max_bytes).__name__}")
+    if max_bytes < 1:
+        raise ValueError("max_bytes must be at least 1")
+    return max_bytes
+
 
 class ByteStream(trio.abc.HalfCloseableStream):
     """A trio stream that can also be written to without waiting. One writer at a time."""
@@ -41,6 +55,7 @@ class ByteStream(trio.abc.HalfCloseableStream):
         """Send everything. A cancelled call has sent an unknown part of it."""
         await trio.lowlevel.checkpoint()
         rest = memoryview(bytes(data))
+        self.send_nowait(b"")  # raises if this side is closed, also when there is nothing to send
         while rest:
             rest = rest[await self.send_some(rest) :]
 
@@ -57,6 +72,8 @@ class SocketByteStream(ByteStream):
     def __init__(self, sock: trio.socket.SocketType, *, send_buffer: int | None = None) -> None:
         self._sock = sock
         self._peer = _address(sock)
+        self._ended = False
+        self._waiting = False  # whether a task waits until the kernel takes more
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if send_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -73,8 +90,11 @@ class SocketByteStream(ByteStream):
         return fd
 
     def send_nowait(self, data: bytes | memoryview) -> int:
+        fd = self._fileno()
+        if self._ended:
+            raise trio.ClosedResourceError("this side has sent its end")
         try:
-            return os.write(self._fileno(), data)
+            return os.write(fd, data)
         except BlockingIOError:
             return 0
         except OSError as exc:
@@ -84,15 +104,23 @@ class SocketByteStream(ByteStream):
         while True:
             await self.wait_send_all_might_not_block()
             sent = self.send_nowait(data)
-            if sent:
+            if sent or not data:
                 return sent
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until the kernel takes more. Cancelling is safe."""
+        if self._waiting:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._waiting = True
         try:
             await trio.lowlevel.wait_writable(self._fileno())
+        except trio.ClosedResourceError:
+            await trio.lowlevel.checkpoint()
+            raise
         except OSError as exc:
             raise trio.BrokenResourceError(str(exc)) from exc
+        finally:
+            self._waiting = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Wait for bytes and return at most `max_bytes` of them; ``b""`` is the peer's end. Cancelling loses nothing.
@@ -100,18 +128,28 @@ class SocketByteStream(ByteStream):
         Waits for readability before it reads: on a socket that is mostly idle the first read would nearly always
         fail, and cost as much as one that succeeds.
         """
+        size = read_size(max_bytes)
         while True:
             try:
                 await trio.lowlevel.wait_readable(self._fileno())
-                return os.read(self._fileno(), max_bytes or 65_536)
+                return os.read(self._fileno(), size)
             except BlockingIOError:
                 continue
+            except trio.ClosedResourceError:
+                await trio.lowlevel.checkpoint()
+                raise
             except OSError as exc:
                 raise trio.BrokenResourceError(str(exc)) from exc
 
     async def send_eof(self) -> None:
         """Say that nothing more will be sent."""
         await trio.lowlevel.checkpoint()
+        self._fileno()
+        if self._waiting:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        if self._ended:
+            return
+        self._ended = True
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError as exc:
