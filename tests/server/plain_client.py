@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 from wsproto import ConnectionType, WSConnection
+from wsproto.connection import ConnectionState
 from wsproto.events import (
     AcceptConnection,
     BytesMessage,
@@ -114,8 +115,9 @@ class Plain:
             elif isinstance(event, CloseConnection):
                 if data:
                     self.closed = Closed(event.code, event.reason or "")
-                    with suppress(trio.BrokenResourceError):
-                        await self.stream.send_all(self.ws.send(event.response()))
+                    if self.ws.state is ConnectionState.REMOTE_CLOSING:
+                        with suppress(trio.BrokenResourceError):
+                            await self.stream.send_all(self.ws.send(event.response()))
                 else:
                     self.closed = Closed(None, "")
             elif isinstance(event, RejectConnection):
