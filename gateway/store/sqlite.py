@@ -31,6 +31,10 @@ crash of the process, not one of the machine.
 if the machine crashes before the next write; its numbers were reserved, and its inputs have their keys, so a client
 that sends again is told that it is a duplicate.
 
+*Space.* What a purge frees is used again; the file itself does not shrink. Giving pages back would take a step, and
+with it a wait for the interpreter's lock, per page inside a write transaction. ``VACUUM`` does it while the gateway is
+stopped.
+
 `sqlite_file` opens files and explains errors, `sqlite_writer` is the thread's side, `sqlite_reader` has the queries.
 """
 
@@ -82,9 +86,6 @@ CLOSE_TIMEOUT = 10.0
 
 PURGE_SESSIONS, PURGE_EVENTS = 100, 5_000
 """Of one purge transaction: those who append wait behind it, for some ten milliseconds."""
-
-PURGE_PAGES = 2_000
-"""Pages (4 KiB) given back per purge transaction."""
 
 
 @frozen
@@ -158,7 +159,8 @@ class SqliteStore(Store):
         self._read_turn = trio.CapacityLimiter(1)  # the reading connection serves one at a time
         self._open = True
         # Ended by the None that `__aexit__` sends. A daemon, so that a disk that hangs cannot keep the process alive.
-        threading.Thread(target=self._write_groups, name="store-writer", daemon=True).start()
+        self._thread = threading.Thread(target=self._write_groups, name="store-writer", daemon=True)
+        self._thread.start()
         return self
 
     def _connect(self) -> sqlite3.Connection:
@@ -193,13 +195,16 @@ class SqliteStore(Store):
     async def __aexit__(self, *exc: object) -> None:
         self._open = False
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT):
-            # Behind everything that was handed over before.
-            last = Job((), lambda writer: None)
-            self._submit(last)
-            await last.done.wait()
-            async with self._read_turn:
-                self._reader.close()
-            self._groups.put(None)
+            try:
+                # Behind everything that was handed over before.
+                last = Job((), lambda writer: None)
+                self._submit(last)
+                await last.done.wait()
+                async with self._read_turn:
+                    self._reader.close()
+            finally:
+                # The writer's connection is closed last, which moves the WAL into the file, and then the lock goes.
+                self._groups.put(None)
             await self._closed.wait()
 
     # writing: the event loop's side. Nothing here awaits but the waiting for `Operation.done`.
@@ -215,7 +220,7 @@ class SqliteStore(Store):
         """Close the next group one scheduler pass from now, unless one is being written."""
         if not self._busy and not self._scheduled:
             self._scheduled = True
-            self._token.run_sync_soon(self._flush)
+            self._tell(self._flush)
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -341,8 +346,6 @@ class SqliteStore(Store):
                 sessions, keys, size = sessions + removed[0], keys + removed[1], size + removed[2]
                 left, left_size = left - removed[0], left_size - removed[2]
         keys += await self._expire_keys(now - keep.resume_window_ms)
-        if sessions or keys:
-            await self._job((), partial(Writer.shrink, pages=PURGE_PAGES))
         return Purged(sessions=sessions, keys=keys, size=size, sessions_left=left, size_left=left_size)
 
     async def _expire_keys(self, before: int) -> int:

@@ -386,10 +386,6 @@ class Writer:
             _dump(list(sessions)),
         ).rowcount
 
-    def shrink(self, pages: int) -> None:
-        """Give back up to so many free pages to the file system."""
-        self._execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
-
     def _execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         assert self._connection is not None
         return self._connection.execute(sql, values)

@@ -1,0 +1,825 @@
+"""What only a store in a file has: reopening, crashes, full disks, damaged files, a second writer, group commit."""
+
+# ruff: noqa: ASYNC220, ASYNC230, ASYNC240
+# Small local files, looked at while nothing else runs.
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from store_helpers import MANY, Script, queue, seqs, taken
+
+from gateway.config import Limits
+from gateway.errors import ConfigError, StoreError, StoreFenced, StoreRefused, StoreUnavailable, StoreUnusable
+from gateway.protocol import messages as m
+from gateway.store import MemoryStore, Retention, open_store
+from gateway.store import sqlite as sqlite_module
+from gateway.store.sqlite import SqliteStore, new_epoch
+from gateway.store.sqlite_file import MIGRATIONS
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "sessions.db")
+
+
+class Faults:
+    """Makes connections whose statements can be counted, watched, held up or made to fail."""
+
+    def __init__(self) -> None:
+        self.statements: list[str] = []
+        self.fail_at: int | None = None
+        self.error: Exception = sqlite3.OperationalError("disk I/O error")
+        self.before: Callable[[str], None] = lambda sql: None
+        self.connections: list[sqlite3.Connection] = []
+
+    def __call__(self, path: str, timeout: float) -> sqlite3.Connection:
+        faults = self
+
+        class Connection(sqlite3.Connection):
+            def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+                # Only the writer's: the reader has BEGIN without IMMEDIATE, and is the second connection.
+                if faults.connections and self is faults.connections[0]:
+                    faults.statements.append(sql)
+                    faults.before(sql)
+                    if faults.fail_at is not None and sql != "ROLLBACK":
+                        faults.fail_at -= 1
+                        if faults.fail_at < 0:
+                            raise faults.error
+                return super().execute(sql, *values)
+
+        connection = sqlite3.connect(
+            path, timeout=timeout, isolation_level=None, check_same_thread=False, factory=Connection
+        )
+        self.connections.append(connection)
+        return connection
+
+
+class Gate:
+    """Holds the writer thread at its next COMMIT."""
+
+    def __init__(self, faults: Faults) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+        self.armed = False
+        faults.before = self._before
+
+    def _before(self, sql: str) -> None:
+        if self.armed and sql == "COMMIT":
+            self.armed = False
+            self.reached.set()
+            assert self.go.wait(10)
+
+    async def wait_reached(self) -> None:
+        assert await trio.to_thread.run_sync(self.reached.wait, 10)
+
+
+# --- reopening -------------------------------------------------------------------------------------------------------
+
+
+async def test_everything_is_there_after_a_reopening(path: str) -> None:
+    async with SqliteStore(path) as store:
+        script = await Script(store).create(reserved=77)
+        await script.write(script.input("a"), script.input("b"), script.start("t", "a"), script.state(x=1))
+        before = await script.load()
+    assert not os.path.exists(path + "-wal"), "closing moves the WAL into the file"
+    async with SqliteStore(path) as store:
+        script.store = store
+        assert await script.load() == before
+        assert await store.unfinished() == ["s"]
+        await script.write(script.end("t"))
+        other = await Script(store, "other").create()
+        await other.write(other.output())
+        assert seqs(await other.load()) == [1]
+
+
+async def test_a_closed_store_says_so(path: str) -> None:
+    async with SqliteStore(path) as store:
+        script = await Script(store).create()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await script.write(script.output())
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await script.load()
+
+
+async def test_closing_waits_for_what_was_handed_over(path: str) -> None:
+    faults = Faults()
+    gate = Gate(faults)
+    async with trio.open_nursery() as nursery:
+        async with SqliteStore(path, make_connection=faults) as store:
+            script = await Script(store).create()
+            gate.armed = True
+            nursery.start_soon(script.write, script.input("a"))
+            await gate.wait_reached()
+            nursery.start_soon(script.write, script.input("b"))
+            await trio.testing.wait_all_tasks_blocked()
+            gate.go.set()
+    async with SqliteStore(path) as store:
+        script.store = store
+        assert queue(await script.load()) == ["a", "b"]
+
+
+async def test_closing_is_bounded_when_the_disk_hangs(path: str, autojump_clock: trio.testing.MockClock) -> None:
+    faults = Faults()
+    gate = Gate(faults)
+    store = SqliteStore(path, make_connection=faults)
+    await store.__aenter__()
+    script = await Script(store).create()
+    gate.armed = True
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(script.write, script.input("a"))
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+    await store.__aexit__()
+    assert trio.current_time() >= sqlite_module.CLOSE_TIMEOUT
+    gate.go.set()  # the disk comes back: the thread ends what it was at, and lets go of the file
+    await trio.to_thread.run_sync(store._thread.join, 10)
+    async with SqliteStore(path) as store:
+        script.store = store
+        assert queue(await script.load()) == ["a"]
+
+
+async def test_the_file_is_for_its_owner_only(path: str) -> None:
+    async with SqliteStore(path) as store:
+        await Script(store).create()
+        for name in (path, path + "-wal", path + "-lock"):
+            assert stat.S_IMODE(os.stat(name).st_mode) == 0o600
+
+
+@pytest.mark.parametrize("round_", range(3))
+async def test_what_append_returned_for_survives_kill_9(path: str, round_: int) -> None:
+    sessions = 20
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("store_writer_process.py")), path, str(sessions)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    promised: dict[str, int] = {}
+    assert process.stdout is not None
+    with process:
+        for count, line in enumerate(process.stdout):
+            name, seq = line.split()
+            promised[name] = int(seq)
+            if count == 300 + 37 * round_:
+                process.kill()  # it goes on writing until here: in the middle of something
+    assert len(promised) == sessions
+    async with SqliteStore(path) as store:
+        unfinished = await store.unfinished()
+        for name, seq in promised.items():
+            found = await store.load(name, **MANY)
+            assert found is not None
+            numbers = seqs(found)
+            assert numbers == list(range(1, numbers[-1] + 1))
+            assert numbers[-1] >= seq
+            # Batches are of three and of two events: none is there in part.
+            assert numbers[-1] % 5 in (0, 3)
+            assert (numbers[-1] % 5 == 3) == (found.turn is not None) == (name in unfinished)
+            assert taken(found) == ([f"r{numbers[-1] - 2}"] if found.turn else [])
+            assert found.state == ({"n": numbers[-1] // 5 * 5 - 4} if numbers[-1] >= 5 else {})
+            assert len(found.keys) == (numbers[-1] + 2) // 5
+
+
+# --- a crash or an error between any two statements ------------------------------------------------------------------
+
+
+def a_rich_batch(script: Script) -> tuple[m.Event, ...]:
+    """One that makes the writer use every statement it has: it folds inputs, tries again, and trims."""
+    return (
+        script.end("t1", "lost"), script.start("t2", "a", attempt=2), script.input("c"), script.state(y=2),
+        *[script.output() for _ in range(12)],
+    )  # fmt: skip
+
+
+async def prepared(store: SqliteStore) -> Script:
+    script = await Script(store).create()
+    await script.write(script.input("a"), script.input("b"), script.start("t1", "a"), script.state(x=1))
+    return script
+
+
+async def statements_of_a_rich_batch(path: str) -> int:
+    faults = Faults()
+    async with SqliteStore(path, make_connection=faults, max_events=10) as store:
+        script = await prepared(store)
+        faults.statements.clear()
+        await script.write(*a_rich_batch(script))
+        assert faults.statements[0] == "BEGIN IMMEDIATE"
+        assert faults.statements[-1] == "COMMIT"
+        return len(faults.statements)
+
+
+async def test_an_error_at_any_statement_stores_nothing_and_passes(tmp_path: Path) -> None:
+    count = await statements_of_a_rich_batch(str(tmp_path / "count.db"))
+    assert count > 10
+    for k in range(count):
+        faults = Faults()
+        async with SqliteStore(tmp_path / f"{k}.db", make_connection=faults, max_events=10) as store:
+            script = await prepared(store)
+            before = await script.load()
+            batch = a_rich_batch(script)
+            faults.fail_at = k
+            with pytest.raises(StoreUnavailable):
+                await script.write(*batch, reserved=9999)
+            faults.fail_at = None
+            assert await script.load() == before, f"statement {k}"
+            await script.write(*batch)
+            found = await script.load()
+            assert (taken(found), queue(found), found.state) == (["a"], ["b", "c"], {"x": 1, "y": 2})
+
+
+async def test_a_crash_at_any_statement_leaves_all_or_nothing(tmp_path: Path) -> None:
+    """The connection is lost with its transaction, as in a crash; what is in the file then is looked at anew."""
+    count = await statements_of_a_rich_batch(str(tmp_path / "count.db"))
+    for k in range(count):
+        path = tmp_path / f"{k}.db"
+        faults = Faults()
+        async with SqliteStore(path, make_connection=faults, max_events=10) as store:
+            script = await prepared(store)
+            before = await script.load()
+            batch = a_rich_batch(script)
+            left = k
+
+            def crash(sql: str, faults: Faults = faults) -> None:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    faults.connections[0].close()
+
+            faults.before = crash
+            with pytest.raises(StoreError):
+                await script.write(*batch)
+        async with SqliteStore(path, max_events=10) as store:
+            script.store = store
+            assert await script.load() == before, f"statement {k}"
+
+
+async def test_a_connection_that_cannot_even_roll_back_is_replaced(path: str) -> None:
+    faults = Faults()
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+
+        def fail(sql: str) -> None:
+            if sql in ("COMMIT", "ROLLBACK"):
+                raise sqlite3.OperationalError("disk I/O error")
+
+        faults.before = fail
+        event = script.input("a")
+        with pytest.raises(StoreUnavailable):
+            await script.write(event)
+        await script.write(event)
+        assert len(faults.connections) == 3
+        assert queue(await script.load()) == ["a"]
+
+
+async def test_one_bad_batch_fails_no_other(path: str) -> None:
+    faults = Faults()
+    gate = Gate(faults)
+    async with SqliteStore(path, make_connection=faults) as store:
+        scripts = [await Script(store, f"s{i}").create() for i in range(5)]
+        results: dict[str, BaseException | None] = {}
+
+        async def write(script: Script, *events: m.Event) -> None:
+            try:
+                await script.write(*events)
+            except StoreError as exc:
+                results[script.record.session_id] = exc
+            else:
+                results[script.record.session_id] = None
+
+        faults.connections[0].setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
+        gate.armed = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write, scripts[0], scripts[0].output())
+            await gate.wait_reached()
+            # One that SQLite will not take, in the middle of the next group.
+            nursery.start_soon(write, scripts[1], scripts[1].output())
+            nursery.start_soon(write, scripts[2], scripts[2].output("x" * 200_000))
+            nursery.start_soon(write, scripts[3], scripts[3].output())
+            await trio.testing.wait_all_tasks_blocked()
+            gate.go.set()
+        assert {name for name, error in results.items() if error is None} == {"s0", "s1", "s3"}
+        assert isinstance(results["s2"], StoreRefused)
+        assert [seqs(await script.load()) for script in scripts] == [[1], [1], [], [1], []]
+
+
+# --- disk full, locked -----------------------------------------------------------------------------------------------
+
+
+async def test_disk_full_and_recovery(path: str) -> None:
+    faults = Faults()
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+        small = await Script(store, "small").create()
+        await script.write(script.input("a"))
+        before = await script.load()
+        writer = faults.connections[0]
+        (pages,) = writer.execute("PRAGMA page_count").fetchone()
+        writer.execute(f"PRAGMA max_page_count = {pages + 2}")
+        big = script.output("x" * 500_000)
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable, match="make room"):
+                await script.write(big, reserved=9999)
+        assert await script.load() == before, "reading and resuming go on"
+        await small.write(small.output())  # there is room for this one
+        writer.execute("PRAGMA max_page_count = 1000000")
+        await script.write(big)
+        assert seqs(await script.load()) == [1, 2]
+        assert store.statistics().failures == 3
+
+
+async def test_a_full_disk_fails_only_what_does_not_fit(path: str) -> None:
+    faults = Faults()
+    async with SqliteStore(path, make_connection=faults) as store:
+        big, small = await Script(store, "big").create(), await Script(store, "small").create()
+        writer = faults.connections[0]
+        (pages,) = writer.execute("PRAGMA page_count").fetchone()
+        writer.execute(f"PRAGMA max_page_count = {pages + 2}")
+        refused = 0
+
+        async def write_big() -> None:
+            nonlocal refused
+            try:
+                await big.write(big.output("x" * 500_000))
+            except StoreUnavailable:
+                refused += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write_big)
+            nursery.start_soon(small.write, small.output())
+        assert refused == 1
+        assert seqs(await small.load()) == [1]
+        assert store.statistics().operations == 3  # two births, one write
+
+
+async def test_locked_by_another_program(path: str) -> None:
+    async with SqliteStore(path, busy_timeout=0.01) as store:
+        script = await Script(store).create()
+        event = script.input("a")
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnavailable, match="locked by another program"):
+            await script.write(event)
+        assert (await script.load()).events == []
+        other.execute("ROLLBACK")
+        await script.write(event)
+        other.close()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StoreUnusable, match="locked by another program"):
+        await SqliteStore(path, busy_timeout=0.01).__aenter__()
+    other.close()
+    async with SqliteStore(path) as store:
+        script.store = store
+        assert queue(await script.load()) == ["a"]
+
+
+# --- files that cannot be used ---------------------------------------------------------------------------------------
+
+
+async def refused(path: str | Path, match: str, **options: Any) -> None:
+    with pytest.raises(StoreUnusable, match=match) as caught:
+        await SqliteStore(path, **options).__aenter__()
+    assert os.path.basename(path) in str(caught.value)
+
+
+async def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    for content in (b"hello\n", b"\0" * 10_000, b"SQLite format 3\0" + b"x" * 5000):
+        (tmp_path / "notes.txt").write_bytes(content)
+        await refused(tmp_path / "notes.txt", "is not an SQLite database; give another path|is damaged")
+        assert (tmp_path / "notes.txt").read_bytes() == content
+
+
+async def test_a_damaged_file(path: str) -> None:
+    async with SqliteStore(path) as store:
+        script = await Script(store).create()
+        await script.write(*[script.output("x" * 1000) for _ in range(200)])
+    with open(path, "r+b") as file:
+        for page in range(1, os.path.getsize(path) // 4096):
+            file.seek(page * 4096)
+            file.write(b"\xff" * 200)
+    with pytest.raises(StoreUnusable, match="is damaged; restore a backup"):  # noqa: PT012 - whichever notices
+        async with SqliteStore(path) as store:
+            script.store = store
+            await script.load()
+
+
+async def test_a_damaged_page_is_said_when_it_is_read_and_fails_no_other_session(path: str) -> None:
+    async with SqliteStore(path) as store:
+        script, other = await Script(store).create(), await Script(store, "other").create()
+        await script.write(*[script.output("SPOIL" * 200) for _ in range(200)])
+        await other.write(*[other.output("y" * 1000) for _ in range(200)])
+    content = Path(path).read_bytes()
+    first = content.index(b"SPOIL" * 100) // 4096
+    with open(path, "r+b") as file:
+        for page in range(first, content.rindex(b"SPOIL") // 4096):
+            if b"SPOIL" in content[page * 4096 :][:4096] and b"yyy" not in content[page * 4096 :][:4096]:
+                file.seek(page * 4096)
+                file.write(b"\xff" * 4096)
+    async with SqliteStore(path) as store:
+        script.store = other.store = store
+        with pytest.raises(StoreUnusable, match="is damaged"):
+            await script.load()
+        await other.write(other.output())
+        assert len((await other.load()).events) == 201
+
+
+async def test_an_event_that_cannot_be_read(path: str) -> None:
+    async with SqliteStore(path) as store:
+        script = await Script(store).create()
+        await script.write(script.output())
+    with sqlite3.connect(path) as other:
+        other.execute('UPDATE events SET payload = CAST(\'{"type":"from_the_future"}\' AS BLOB)')
+    other.close()
+    async with SqliteStore(path) as store:
+        script.store = store
+        with pytest.raises(StoreUnusable, match="from_the_future"):
+            await script.load()
+
+
+async def test_a_newer_schema(path: str) -> None:
+    async with SqliteStore(path):
+        pass
+    other = sqlite3.connect(path)
+    other.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    other.close()
+    before = Path(path).read_bytes()
+    await refused(path, "newer trio-gateway.*upgrade")
+    assert Path(path).read_bytes() == before
+
+
+async def test_the_database_of_another_program(path: str) -> None:
+    other = sqlite3.connect(path)
+    other.execute("CREATE TABLE bookmarks (url)")
+    other.close()
+    before = Path(path).read_bytes()
+    await refused(path, "another program; give another path")
+    assert Path(path).read_bytes() == before
+
+
+async def test_an_older_schema_is_brought_up(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with SqliteStore(path) as store:
+        script = await prepared(store)
+        before = await script.load()
+    newer = (*MIGRATIONS, ("CREATE TABLE added (x)", "INSERT INTO added VALUES (1)"))
+    monkeypatch.setattr("gateway.store.sqlite_file.MIGRATIONS", newer)
+    async with SqliteStore(path) as store:
+        script.store = store
+        assert await script.load() == before
+    other = sqlite3.connect(path)
+    assert other.execute("PRAGMA user_version").fetchone() == (len(newer),)
+    assert other.execute("SELECT x FROM added").fetchall() == [(1,)]
+    other.close()
+
+
+async def test_a_migration_that_fails_changes_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with SqliteStore(path):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr("gateway.store.sqlite_file.MIGRATIONS", (*MIGRATIONS, ("CREATE TABLE added (x)", "NONSENSE")))
+        await refused(path, "NONSENSE")
+    async with SqliteStore(path) as store:
+        await Script(store).create()
+
+
+async def test_an_empty_file_becomes_a_store(path: str) -> None:
+    Path(path).touch()
+    async with SqliteStore(path) as store:
+        await Script(store).create()
+
+
+async def test_places_where_no_file_can_be(tmp_path: Path) -> None:
+    await refused(tmp_path / "missing" / "sessions.db", "its directory does not exist; create it")
+    await refused(tmp_path, "is a directory; give the path of a file in it")
+    (tmp_path / "file").touch()
+    await refused(tmp_path / "file" / "sessions.db", "is a file; give another path")
+
+
+@pytest.fixture
+def nobody_dir() -> Iterator[Path]:
+    """A directory that may be searched by a process that is not its owner. For root that takes giving up its rights."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+            try:
+                yield Path(name)
+            finally:
+                os.seteuid(0)
+        else:
+            os.chmod(name, 0o555)
+            try:
+                yield Path(name)
+            finally:
+                os.chmod(name, 0o755)
+
+
+async def test_no_permission(nobody_dir: Path) -> None:
+    await refused(nobody_dir / "sessions.db", "check owner and permissions")
+
+
+async def test_a_connection_that_may_only_read(path: str) -> None:
+    async with SqliteStore(path):
+        pass
+
+    def read_only(path: str, timeout: float) -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
+
+    await refused(path, "cannot be written; check owner and permissions", make_connection=read_only)
+    async with SqliteStore(path):
+        pass  # the failed opening left nothing locked
+
+
+# --- one writer ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_second_gateway_is_refused_while_the_first_is_alive(path: str, tmp_path: Path) -> None:
+    (tmp_path / "alias.db").symlink_to(path)
+    async with SqliteStore(path) as store:
+        script = await Script(store).create()
+        for name in (path, tmp_path / "alias.db"):
+            with pytest.raises(StoreUnusable, match=f"in use by process {os.getpid()}; end it, or"):
+                await SqliteStore(name).__aenter__()
+        with pytest.raises(StoreUnusable, match="in use"):
+            new_epoch(path)
+        await script.write(script.output())  # and is none the worse for it
+    async with SqliteStore(path):
+        pass
+
+
+async def test_a_stale_writer_is_fenced(path: str) -> None:
+    async with SqliteStore(path) as stale:
+        script = await Script(stale).create()
+        await script.write(script.input("a"))
+        os.unlink(path + "-lock")  # what the lock cannot see
+        async with SqliteStore(path) as fresh:
+            late = Script(fresh)
+            late.seq = 1
+            with pytest.raises(StoreFenced, match="another process has opened it"):
+                await script.write(script.input("stale"))
+            await late.write(late.input("b"))
+            with pytest.raises(StoreFenced):
+                await stale.create(Script(stale, "new").record, 1)
+            with pytest.raises(StoreFenced):
+                await stale.delete("s")
+            with pytest.raises(StoreFenced):
+                await stale.append("s", [], 10**6)
+            found = await late.load()
+            assert (queue(found), found.reserved) == (["a", "b"], 64)
+        with pytest.raises(StoreFenced):
+            await script.write(script.output())  # for good
+
+
+# --- epochs ----------------------------------------------------------------------------------------------------------
+
+
+async def epoch(path: str, name: str = "s") -> str:
+    async with SqliteStore(path) as store:
+        found = await store.load(name, **MANY)
+        assert found is not None
+        return found.record.epoch
+
+
+async def test_a_new_generation_gives_every_session_a_new_epoch(path: str, tmp_path: Path) -> None:
+    async with SqliteStore(path) as store:
+        await Script(store).create()
+        await Script(store, "t").create()
+    assert await epoch(path) == "e_s"
+    backup = Path(path).read_bytes()
+    first = new_epoch(path)
+    second = await epoch(path)
+    assert second not in ("e_s", await epoch(path, "t"))
+    assert await epoch(path) == second, "it stays until the next bump"
+    async with SqliteStore(path) as store:
+        await Script(store, "young").create()
+    assert await epoch(path, "young") == "e_young"
+    assert new_epoch(path) != first
+    third = await epoch(path)
+    assert len({"e_s", second, third}) == 3
+    assert await epoch(path, "young") != "e_young"
+    # Two restored copies of one backup have different histories from here on.
+    epochs = set()
+    for name in ("one", "two"):
+        copy = str(tmp_path / f"{name}.db")
+        Path(copy).write_bytes(backup)
+        new_epoch(copy)
+        epochs.add(await epoch(copy))
+    assert len(epochs | {second, third, "e_s"}) == 5
+
+
+def test_new_epoch_needs_a_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnusable, match="no such file"):
+        new_epoch(str(tmp_path / "nothing.db"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- group commit and cancellation -----------------------------------------------------------------------------------
+
+
+async def test_those_who_wait_share_a_transaction(path: str) -> None:
+    faults = Faults()
+    async with SqliteStore(path, make_connection=faults) as store:
+        scripts = [Script(store, f"s{i}") for i in range(200)]
+        async with trio.open_nursery() as nursery:
+            for script in scripts:
+                nursery.start_soon(script.create)
+        before = store.statistics()
+
+        async def write(script: Script) -> None:
+            for i in range(10):
+                await script.write(script.input(f"r{i}"))
+
+        faults.statements.clear()
+        async with trio.open_nursery() as nursery:
+            for script in scripts:
+                nursery.start_soon(write, script)
+        after = store.statistics()
+        assert after.operations - before.operations == 2000
+        # Everybody who was woken by a commit is in the next one.
+        assert after.transactions - before.transactions <= 12
+        assert faults.statements.count("COMMIT") == after.transactions - before.transactions
+        assert len(faults.statements) <= 8 * faults.statements.count("COMMIT"), "few statements, however many rows"
+        for script in scripts:
+            assert queue(await script.load()) == [f"r{i}" for i in range(10)]
+
+
+async def test_what_comes_during_a_commit_forms_the_next_group(path: str) -> None:
+    faults = Faults()
+    gate = Gate(faults)
+    async with SqliteStore(path, make_connection=faults) as store:
+        scripts = [await Script(store, f"s{i}").create() for i in range(50)]
+        before = store.statistics().transactions
+        gate.armed = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scripts[0].write, scripts[0].output())
+            await gate.wait_reached()
+            for script in scripts[1:]:
+                nursery.start_soon(script.write, script.output())
+            await trio.testing.wait_all_tasks_blocked()
+            assert store.statistics().waiting == 50
+            gate.go.set()
+        assert store.statistics().transactions - before == 2
+        assert store.statistics().waiting == 0
+
+
+async def test_groups_are_bounded_in_bytes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_module, "MAX_GROUP_BYTES", 100_000)
+    async with SqliteStore(path) as store:
+        scripts = [await Script(store, f"s{i}").create() for i in range(10)]
+        before = store.statistics().transactions
+        async with trio.open_nursery() as nursery:
+            for script in scripts:
+                nursery.start_soon(script.write, script.output("x" * 40_000))
+        assert store.statistics().transactions - before == 4
+
+
+async def test_reading_does_not_wait_for_a_commit(path: str) -> None:
+    faults = Faults()
+    gate = Gate(faults)
+    async with SqliteStore(path, make_connection=faults) as store:
+        script, other = await Script(store).create(), await Script(store, "other").create()
+        gate.armed = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(script.write, script.input("a"))
+            await gate.wait_reached()
+            assert await store.unfinished() == []
+            assert (await other.load()).events == []
+            gate.go.set()
+
+
+async def test_a_cancelled_waiter_tears_nothing(path: str) -> None:
+    faults = Faults()
+    gate = Gate(faults)
+    async with SqliteStore(path, make_connection=faults) as store:
+        scripts = [await Script(store, f"s{i}").create() for i in range(3)]
+        gate.armed = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scripts[0].write, scripts[0].input("in the commit"))
+            await gate.wait_reached()
+            nursery.start_soon(scripts[1].write, scripts[1].input("waits"), scripts[1].state(x=1))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert nursery.cancel_scope.cancelled_caught
+        gate.go.set()
+        await scripts[2].write(scripts[2].input("after"))
+        assert [queue(await script.load()) for script in scripts] == [["in the commit"], ["waits"], ["after"]]
+        assert (await scripts[1].load()).state == {"x": 1}
+
+
+async def test_a_load_waits_for_what_a_cancelled_writer_handed_over(path: str) -> None:
+    """Otherwise a session that was dropped and comes back would not know of an input that is about to be stored."""
+    faults = Faults()
+    gate = Gate(faults)
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+        gate.armed = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(script.write, script.input("a"))
+            await gate.wait_reached()
+            nursery.cancel_scope.cancel()
+        loaded: list[list[str]] = []
+
+        async def load() -> None:
+            loaded.append(queue(await script.load()))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(load)
+            await trio.testing.wait_all_tasks_blocked()
+            assert loaded == []
+            gate.go.set()
+        assert loaded == [["a"]]
+
+
+async def test_a_purge_asks_again_right_before_it_removes(path: str) -> None:
+    """A session that comes into use while the purge looks for candidates stays."""
+    store = SqliteStore(path, retention=Retention(resume_window_ms=10, max_age_ms=10))
+    async with store:
+        for name in ("a", "b"):
+            await Script(store, name).create()
+        registry: set[str] = set()
+        asked: list[str] = []
+
+        class Registry:
+            def __contains__(self, session_id: object) -> bool:
+                asked.append(str(session_id))
+                if session_id == "a":
+                    registry.add("b")  # it is joined meanwhile
+                return session_id in registry
+
+        assert (await store.purge(now=10**6, in_use=Registry())).sessions == 1
+        assert asked == ["a", "b"]
+        assert await store.load("b", **MANY) is not None
+
+
+async def test_a_purge_leaves_what_became_active_after_it_looked(path: str) -> None:
+    faults = Faults()
+    gate = Gate(faults)
+    store = SqliteStore(path, make_connection=faults, retention=Retention(resume_window_ms=10, max_age_ms=10))
+    async with store:
+        script, other = await Script(store).create(), await Script(store, "other").create()
+        gate.armed = True
+        async with trio.open_nursery() as nursery:
+            # Handed over, not committed: the purge's look does not see it, its removal comes behind it.
+            nursery.start_soon(script.write, script.input("a"))
+            await gate.wait_reached()
+            nursery.start_soon(lambda: store.purge(now=10**9, in_use=()))
+            await trio.testing.wait_all_tasks_blocked()
+            gate.go.set()
+        assert queue(await script.load()) == ["a"]
+        assert await store.load("other", **MANY) is None
+        assert other.seq == 0
+
+
+async def test_the_space_of_what_was_purged_is_used_again(path: str) -> None:
+    store = SqliteStore(path, retention=Retention(resume_window_ms=10, max_age_ms=10))
+    sizes = []
+    for _ in range(3):
+        async with store:
+            script = await Script(store).create()
+            await script.write(*[script.output("x" * 10_000) for _ in range(400)])
+            await store.purge(now=10**9, in_use=())
+        sizes.append(os.path.getsize(path))
+    assert sizes[2] < sizes[0] * 1.1
+
+
+# --- by its URL ------------------------------------------------------------------------------------------------------
+
+
+async def test_open_store(tmp_path: Path) -> None:
+    limits = Limits(replay_max_events=8)
+    assert isinstance(open_store("memory", limits), MemoryStore)
+    async with open_store(f"sqlite:{tmp_path}/x.db", limits) as store:
+        assert isinstance(store, SqliteStore)
+        assert store.durable
+        script = await Script(store).create()
+        for _ in range(20):
+            await script.write(script.output())
+        assert len((await script.load()).events) <= 10
+    assert not open_store(f"sqlite:{tmp_path}/x.db", limits, durability="normal").durable
+
+
+@pytest.mark.parametrize("url", ["", "sqlite", "sqlite:", "redis://x", "memory:", "sqlite::memory:", "/tmp/x.db"])
+def test_an_unknown_url(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"store\.url: expected .*'?memory'?") as caught:
+        open_store(url, Limits())
+    assert caught.value.key == "store.url"
+
+
+def test_an_unknown_durability() -> None:
+    with pytest.raises(ConfigError, match="'full' or 'normal'"):
+        open_store("memory", Limits(), durability="some")
+
+
+def test_sqlite_is_imported_only_when_asked_for() -> None:
+    code = "import sys, gateway.store; assert not {'sqlite3', 'gateway.store.sqlite'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
