@@ -48,7 +48,7 @@ _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 @frozen(kw_only=True)
 class Flag:
-    """A value given on the command line: the flag's name as typed, the setting's path, the value."""
+    """A value given on the command line: the flag's name, the setting's path, the value (a text is converted)."""
 
     name: str
     path: str
@@ -76,7 +76,9 @@ def load(
         loading.read_file(Path(file))
     loading.read_environment(os.environ if environ is None else environ)
     for flag in flags:
-        loading.read_value(OPTIONS[flag.path], flag.value, flag.name)
+        option = OPTIONS[flag.path]
+        value = _from_text(option.cls, flag.value) if isinstance(flag.value, str) else flag.value
+        loading.read_value(option, value, flag.name)
     return loading.result()
 
 

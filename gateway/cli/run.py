@@ -1,0 +1,237 @@
+"""``trio-gateway run``: a gateway and its HTTP side in one process, until a signal drains it.
+
+This is the place where everything is put together, and the owner of the process: only here are signals, the garbage
+collector, the limit of open files and stdout touched. Everything that can be wrong with what the operator gave comes
+out before the first client is served, as lines on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import gc
+import ipaddress
+import math
+import os
+import resource
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+
+import click
+import structlog
+import trio
+
+from gateway._version import __version__
+from gateway.agents import as_agent, build_agent, load_agent
+from gateway.agents.demo import DEMO_AGENTS, demo
+from gateway.agents.loader import KINDS
+from gateway.cli.failing import errors_as_lines
+from gateway.cli.logs import set_up_logs
+from gateway.cli.settings import CONFIG_VARIABLE, Flag, Loaded, load
+from gateway.cli.signals import end_within, on_signals
+from gateway.config import Config
+from gateway.errors import AgentLoadError, ConfigError
+from gateway.server import Gateway, open_gateway
+from gateway.session import Registered
+
+CLEAN_UP_SECONDS = 10.0
+"""From the end of the drain to the end of the process. A drain is bounded; what comes after it (an agent's thread that
+does not return, a peer that does not read its HTTP response) must not keep the process either."""
+
+FILES_BESIDE_CONNECTIONS = 256
+"""Listening sockets, the store's files, agents' pipes and their connections to models."""
+
+HTTP_MODULES = {"hypercorn", "starlette", "h11", "h2", "wsproto", "anyio"}
+
+_log = structlog.get_logger(__name__)
+
+_DEFAULT = Config()
+
+ServeHttp = Callable[..., Awaitable[None]]
+"""`gateway.http.serve_http`, if it is installed."""
+
+
+FLAGS = {
+    "--host": ("server.host", "HOST", f"Where to listen [default: {_DEFAULT.server.host}]."),
+    "--port": ("server.port", "PORT", f"For WebSocket; 0 takes a free one [default: {_DEFAULT.server.port}]."),
+    "--http-port": ("server.http_port", "PORT", f"For health checks, likewise [default: {_DEFAULT.server.http_port}]."),
+    "--store": ("store.url", "STORE", f"memory, or sqlite:PATH [default: {_DEFAULT.store.url}]."),
+    "--log-level": ("log.level", "LEVEL", f"debug, info, warning or error [default: {_DEFAULT.log.level}]."),
+    "--log-format": ("log.format", "FORMAT", f"console or json [default: {_DEFAULT.log.format}]."),
+}
+"""Flags that are settings: their texts are checked with all other settings, so that errors come in one form."""
+
+
+def _settings_flags(function: Callable[..., None]) -> Callable[..., None]:
+    for name, (_, metavar, text) in reversed(FLAGS.items()):
+        function = click.option(name, metavar=metavar, help=text)(function)
+    return function
+
+
+@click.command()
+@click.argument("agents", metavar="[AGENT]...", nargs=-1)
+@click.option("--config", "file", metavar="FILE", envvar=CONFIG_VARIABLE, help="Settings, as TOML.")
+@_settings_flags
+@click.option("--no-http", is_flag=True, help="Serve no health checks.")
+@click.option(
+    "--drain-timeout",
+    metavar="SECONDS",
+    help=f"How long running turns may go on after SIGTERM [default: {_DEFAULT.server.drain_timeout_ms // 1000}].",
+)
+def run(
+    agents: tuple[str, ...], file: str | None, no_http: bool, drain_timeout: str | None, **given: str | None
+) -> None:
+    """Serve agents over WebSocket.
+
+    AGENT is MODULE:ATTR (its id is ATTR), NAME=MODULE:ATTR, or the name of an agent in the file. Without one, all
+    agents of the file are served; without any there, a demo, as "echo" and "demo".
+
+    Every setting can also be in FILE or in the environment (TRIO_GATEWAY_SERVER_PORT for [server] port); flags win.
+    The first SIGTERM or SIGINT drains, the second ends at once; the exit code is 0 then, and 2 if it cannot start.
+    """
+    with errors_as_lines():
+        flags = [
+            Flag(name=name, path=path, value=given[key])
+            for name, (path, _, _) in FLAGS.items()
+            if given[key := name.removeprefix("--").replace("-", "_")] is not None
+        ]
+        if drain_timeout is not None:
+            flags.append(
+                Flag(name="--drain-timeout", path="server.drain_timeout_ms", value=_milliseconds(drain_timeout))
+            )
+        if no_http or given["http_port"] is not None:
+            flags.append(Flag(name="--no-http", path="server.http", value=not no_http))
+        loaded = load(file, flags=flags)
+        config = loaded.config
+        set_up_logs(config.log)
+        served = _load_agents(agents, config)
+        serve_http = _find_http(loaded)
+        _prepare_process(config)
+        trio.run(_serve, config, served, serve_http)
+
+
+def _milliseconds(text: str) -> int:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ConfigError("server.drain_timeout_ms", f"expected seconds, got {text!r} (--drain-timeout)")
+    return round(seconds * 1000)
+
+
+def _load_agents(specs: tuple[str, ...], config: Config) -> dict[str, Registered]:
+    limiter = trio.CapacityLimiter(config.limits.max_sync_threads)
+    served: dict[str, Registered] = {}
+    for spec in specs or config.agents or DEMO_AGENTS:
+        max_detached_ms = config.limits.max_detached_ms
+        if spec in config.agents:
+            table = config.agents[spec]
+            name, agent = spec, build_agent(spec, table, limiter=limiter)
+            if table.max_detached_ms is not None:
+                max_detached_ms = table.max_detached_ms
+        elif spec in DEMO_AGENTS:
+            name, agent = spec, as_agent(demo, name=spec)
+        elif config.agents and spec.isidentifier() and spec not in KINDS:
+            known = ", ".join(config.agents)
+            raise AgentLoadError(f"unknown agent {spec!r}; expected MODULE:ATTR, NAME=MODULE:ATTR or one of: {known}")
+        else:
+            name, agent = load_agent(spec, limiter=limiter)
+        if name in served:
+            what = spec.partition("=")[2] or spec
+            raise AgentLoadError(f"two agents are called {name!r}; give one another name: NAME={what}")
+        served[name] = Registered(agent, max_detached_ms)
+    return served
+
+
+def _find_http(loaded: Loaded) -> ServeHttp | None:
+    """`serve_http`, if it is wanted. Without the extra ``http`` the gateway runs without, unless it was asked for."""
+    if not loaded.config.server.http:
+        return None
+    try:
+        from gateway.http import serve_http
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.partition(".")[0] not in HTTP_MODULES:
+            raise
+        what = f"needs {exc.name}; install trio-gateway[http]"
+        for path in ("server.http_port", "server.http"):
+            if path in loaded.sources:
+                raise ConfigError(path, f"{what}, or run with --no-http ({loaded.sources[path]})") from None
+        click.echo(f"trio-gateway: runs without health checks: HTTP {what} to have them", err=True)
+        return None
+    return serve_http
+
+
+def _prepare_process(config: Config) -> None:
+    """What only the owner of a process may change in it."""
+    # Modules and agents stay: the collector need not visit them. Its default thresholds make it run every few hundred
+    # messages; from 1,000 connections on each run is a pause for everyone.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    need = config.limits.max_connections + FILES_BESIDE_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < need:
+        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < need:
+            _log.warning("few_files", limit=soft, max_connections=config.limits.max_connections, hint="see ulimit -n")
+
+
+async def _serve(config: Config, agents: Mapping[str, Registered], serve_http: ServeHttp | None) -> None:
+    """Serve until a signal comes, then drain. A second signal cancels everything."""
+    stop = trio.Event()
+    reason = ""
+
+    def first(name: str) -> None:
+        nonlocal reason
+        reason = name
+        stop.set()
+
+    with trio.CancelScope() as everything, on_signals(first, everything.cancel):
+        async with open_gateway(config, agents) as gateway, trio.open_nursery() as nursery:
+            over = trio.Event()
+            http = None
+            if serve_http is not None:
+                server = config.server
+                # Owned by this nursery. Goes on while the gateway drains, to say so; `over` ends it.
+                http = await nursery.start(partial(serve_http, gateway, server.host, server.http_port, shutdown=over))
+            _announce(config, list(agents), gateway, http)
+            await stop.wait()
+            await gateway.drain(reason)
+            end_within(CLEAN_UP_SECONDS)
+            over.set()
+    if everything.cancelled_caught:
+        _log.warning("ended_at_once")
+
+
+def _announce(config: Config, agents: list[str], gateway: Gateway, http: tuple[str, int] | None) -> None:
+    """Say what is listening and how to talk to it: on stdout for people, in the log for machines."""
+    http_url = _url(*http) if http else None
+    if not config.server.tokens and not _is_loopback(gateway.address[0]):
+        _log.warning("open_to_everyone", host=gateway.address[0], hint="set [server] tokens, or listen on 127.0.0.1")
+    if config.log.format == "json":
+        _log.info("listening", url=gateway.url, http=http_url, agents=agents, store=config.store.url)
+        return
+    local = gateway.url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    lines = [
+        f"trio-gateway {__version__}",
+        f"  WebSocket  {gateway.url}",
+        f"  HTTP       {http_url}/healthz /readyz /version" if http_url else "  HTTP       off",
+        f"  agents     {', '.join(agents)}",
+        f"  store      {config.store.url}" + (" (gone when this process ends)" if config.store.url == "memory" else ""),
+        f"  talk       trio-gateway chat {local} --agent {agents[0]}",
+        "  stop       Ctrl-C drains, a second one ends at once",
+    ]
+    try:
+        click.echo("\n".join(lines))
+    except BrokenPipeError:
+        # Nobody reads it. Later writes, and the flush at the end, must not fail for that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback
