@@ -16,8 +16,8 @@ import trio
 
 from gateway.errors import BindError, ConnectionLost
 from gateway.server.connection import Connection
-from gateway.transport.streams import ByteStream, SocketByteStream
-from gateway.transport.websocket import HandshakeFailed, open_server_websocket
+from gateway.transport.streams import ByteStream, SocketByteStream, end_gently
+from gateway.transport.websocket import LINGER, HandshakeFailed, open_server_websocket
 
 if TYPE_CHECKING:
     from gateway.server.gateway import Gateway
@@ -26,8 +26,13 @@ BACKLOG = 1024
 """Connections the kernel holds until they are accepted: everyone who comes back in the second after a restart."""
 
 OUT_OF_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
-OUT_OF_FILES_PAUSE = 0.1
-"""Seconds before accepting again when the process has no file descriptor left; a spinning loop would not free one."""
+GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR}
+ACCEPT_PAUSE = 0.1
+"""Seconds before accepting again when that fails for another reason than one peer's: a spinning loop would not free a
+file descriptor, and whatever else it is will not be over sooner."""
+
+MAX_LINGERING = 64
+"""Refused sockets that are kept for a moment, so that the peer can read why; the others are closed at once."""
 
 SUBPROTOCOL = "trio-gateway"
 
@@ -47,6 +52,7 @@ class Admission:
         self._most_per_peer = most_per_peer
         self._peers: Counter[str] = Counter()
         self.pending = 0
+        self.lingering = 0
 
     def enter(self, peer: str) -> bool:
         """Count a new socket in; False if there is no room for it."""
@@ -83,19 +89,23 @@ async def bind(host: str, port: int) -> list[trio.SocketListener]:
 
 async def accept_forever(listener: trio.SocketListener, send_buffer: int, serve: Callable[[ByteStream], None]) -> None:
     """Accept until cancelled or the listener is closed; `serve` takes each connection over, without waiting."""
+    failing: int | None = None
     while True:
         try:
             sock, _ = await listener.socket.accept()
         except OSError as exc:
-            if exc.errno in OUT_OF_FILES:
-                _log.error("out_of_files", error=str(exc))
-                await trio.sleep(OUT_OF_FILES_PAUSE)
-                continue
             if exc.errno == errno.EBADF:
                 return
-            continue  # the peer was gone before it was accepted
+            if exc.errno in GONE:
+                continue  # the peer was gone before it was accepted
+            if exc.errno != failing:  # said once, not ten times a second
+                failing = exc.errno
+                _log.error("out_of_files" if failing in OUT_OF_FILES else "accept_failed", error=str(exc))
+            await trio.sleep(ACCEPT_PAUSE)
+            continue
         except trio.ClosedResourceError:
             return
+        failing = None
         try:
             stream = SocketByteStream(sock, send_buffer=send_buffer)
         except OSError:
@@ -110,11 +120,7 @@ async def serve_stream(gateway: Gateway, stream: ByteStream) -> None:
     try:
         if not gateway.admission.enter(peer):
             gateway.refused_sockets += 1
-            body = b"too many connections that have not said hello\n"
-            try:
-                stream.send_nowait(_REFUSAL % (len(body), body))
-            finally:
-                await stream.aclose()
+            await _refuse(gateway.admission, stream)
             return
         left = False
 
@@ -135,6 +141,18 @@ async def serve_stream(gateway: Gateway, stream: ByteStream) -> None:
         _log.error("connection_failed", peer=peer, exc_info=exc)
 
 
+async def _refuse(admission: Admission, stream: ByteStream) -> None:
+    body = b"too many connections that have not said hello\n"
+    admission.lingering += 1
+    try:
+        stream.send_nowait(_REFUSAL % (len(body), body))
+        if admission.lingering <= MAX_LINGERING:
+            await end_gently(stream, LINGER)
+    finally:
+        admission.lingering -= 1
+        await stream.aclose()
+
+
 async def _serve(gateway: Gateway, stream: ByteStream, leave: Callable[[], None]) -> None:
     config = gateway.config
     limits = config.limits
@@ -153,3 +171,6 @@ async def _serve(gateway: Gateway, stream: ByteStream, leave: Callable[[], None]
         await ws.accept(SUBPROTOCOL if SUBPROTOCOL in ws.subprotocols else None)
         connection = Connection(gateway, ws, on_joined=leave)
         await connection.run()
+        if ws.closed_by_us:
+            assert ws.close_code is not None
+            gateway.count_close(ws.close_code, ws.close_reason)

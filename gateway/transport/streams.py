@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from abc import abstractmethod
+from contextlib import suppress
 
 import trio
 
@@ -58,6 +59,17 @@ class ByteStream(trio.abc.HalfCloseableStream):
         self.send_nowait(b"")  # raises if this side is closed, also when there is nothing to send
         while rest:
             rest = rest[await self.send_some(rest) :]
+
+
+async def end_gently(stream: ByteStream, seconds: float) -> None:
+    """Say that nothing follows, and read until the peer is through, for at most `seconds`; the stream is then closed.
+
+    Closing at once while bytes of the peer are unread would be a reset, which may take along what was sent last.
+    """
+    with trio.move_on_after(seconds), suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        await stream.send_eof()
+        while await stream.receive_some():
+            pass
 
 
 class SocketByteStream(ByteStream):

@@ -2,8 +2,8 @@
 
 Theory of operation
 -------------------
-trio-websocket does the handshake, answers pings, joins fragments and runs the closing handshake. `_Wire` stands between
-it and the socket and takes the text messages, which are nearly everything, the short way:
+trio-websocket does the handshake, answers pings and joins fragments. `_Wire` stands between it and the socket and takes
+the text messages, which are nearly everything, the short way:
 
     socket ── _Wire.receive_some ──┬── whole text frames ──▶ inbox ──▶ get_many()
                                    └── anything else ──▶ trio-websocket ──▶ (fragments come back into the inbox)
@@ -16,7 +16,8 @@ Order out: one FIFO. Every entry ends at a frame boundary, and an entry partly s
 tear a frame, not even a cancelled library call: those only append to the FIFO.
 
 What the library would do wrong is kept from it: heads that are not ASCII, malformed frames (it would drop the line
-without a close frame; we send 1002 or 1007), pings after our close (it would raise), messages beyond the limit.
+without a close frame; we send 1002 or 1007), messages beyond the limit, pings after our close (it would raise), and the
+closing handshake: either side may begin it at any point of the other's, and one close frame, with our code, goes out.
 
 Phases: HANDSHAKE → OPEN → CLOSING (our close was asked for, or the peer's was seen) → CLOSED. Ready-made frames are
 taken only while OPEN; from CLOSING on, text is discarded, or the peer's close reply would never be reached.
@@ -46,7 +47,7 @@ from gateway.transport.frames import (
     text_frames,
     unmask,
 )
-from gateway.transport.streams import ByteStream
+from gateway.transport.streams import ByteStream, end_gently
 
 MAX_HEAD = 16 * 1024
 """Bytes of an upgrade request: what common HTTP servers take (8 to 16 KiB) at its upper end."""
@@ -58,6 +59,12 @@ INBOX_MESSAGES = 1024
 INBOX_BYTES = 1024 * 1024
 """Messages read ahead of the handler, and their bytes. It handles them without waiting, so this bounds little more than
 one scheduler pass: a long array is handled in several."""
+
+MAX_EMPTY_FRAGMENTS = 1024
+"""In one message. The byte limit does not see them, and the library keeps something for each."""
+
+LINGER = 1.0
+"""Seconds for a peer that gets an HTTP error to read it and to close."""
 
 
 class Phase(IntEnum):
@@ -83,6 +90,7 @@ class _Wire(trio.abc.HalfCloseableStream):
         self._skip = 0  # bytes still to come of a frame that nobody wants
         self._garbage = False  # the peer broke the framing: where a frame starts is not known any more
         self._fragments = 0  # bytes of the fragmented message so far, headers of its frames not counted
+        self._empty = 0  # empty fragments of it
         self._in_fragments = False
         self._collect = False  # the last fragment was handed over: its message is in the library now
 
@@ -103,8 +111,8 @@ class _Wire(trio.abc.HalfCloseableStream):
             for_library = self._parse()
             if for_library:
                 return for_library
-            if await ws._wait_inbox_room():
-                continue  # what was held back is in the buffer
+            if await ws._wait_inbox_room() or ws._library_ended:
+                continue  # what was held back is in the buffer, or the reading is over
             try:
                 data = await self._stream.receive_some(READ_BYTES)
             except trio.BrokenResourceError:
@@ -125,7 +133,10 @@ class _Wire(trio.abc.HalfCloseableStream):
         while (end := buffer.find(b"\r\n\r\n")) < 0:
             if len(buffer) > MAX_HEAD:
                 raise HandshakeFailed(f"the request's head is longer than {MAX_HEAD} bytes")
-            data = await self._stream.receive_some(4096)
+            try:
+                data = await self._stream.receive_some(4096)
+            except trio.BrokenResourceError:
+                data = b""  # the library would swallow it and wait on
             if not data:
                 raise HandshakeFailed("the peer closed during the upgrade request")
             buffer += data
@@ -136,6 +147,9 @@ class _Wire(trio.abc.HalfCloseableStream):
             raise HandshakeFailed("the request's head must be ASCII")
         if not head.startswith(b"GET "):
             raise HandshakeFailed("expected a GET request with Upgrade: websocket")
+        if head.count(b"\n") != head.count(b"\r\n"):
+            # The library's parser would take them, and see another Host than we do.
+            raise HandshakeFailed("the request's lines must end with CR LF")
         del buffer[: end + 4]
         found = _HOST.search(head)
         self.host = found[1].decode("ascii") if found else None
@@ -162,30 +176,42 @@ class _Wire(trio.abc.HalfCloseableStream):
                     ws._put(message)
                     continue
                 if not head.control:
-                    self._in_fragments = not head.final
-                    self._fragments = 0 if head.final else self._fragments + head.end - head.start
-                    self._collect = head.final
+                    self._count_fragment(head)
                 elif head.opcode == CLOSE:
                     payload = unmask(buffer[head.start : head.end], buffer[head.start - 4 : head.start])
                     ws._peer_closes(*check_close(payload))
+                    return b""
                 elif ws.phase is not Phase.OPEN:
                     continue  # the library would raise on a ping after our close
                 return bytes(buffer[frame_at:at])
         except FrameViolation as exc:
-            self._garbage = True
-            ws.close_nowait(exc.code, exc.reason)
+            self._fail(exc.code, exc.reason)
         except UnicodeDecodeError:
-            self._garbage = True
-            ws.close_nowait(1007, "text must be UTF-8")
+            self._fail(1007, "text must be UTF-8")
         finally:
             del buffer[: len(buffer) if self._garbage else at]
         return b""
+
+    def _fail(self, code: int, reason: str) -> None:
+        """Where the next frame starts is not known any more, so the peer's close reply could not be told from noise."""
+        self._garbage = True
+        self._ws.close_nowait(code, reason)
+        self._ws._end_reading()
+
+    def _count_fragment(self, head: Head) -> None:
+        size = head.end - head.start
+        self._in_fragments = not head.final
+        self._collect = head.final
+        self._fragments = 0 if head.final else self._fragments + size
+        self._empty = 0 if head.final else self._empty + (not size)
+        if self._empty > MAX_EMPTY_FRAGMENTS:
+            raise FrameViolation(1008, "protocol_violation")
 
     def _wanted(self, head: Head) -> bool:
         """The rules for a data frame, checked at its header: no byte beyond the limit is waited for."""
         ws = self._ws
         if ws.phase is not Phase.OPEN:
-            return False
+            return ws._takes_late and head.opcode == TEXT and head.final and head.end - head.start <= READ_BYTES
         if self._in_fragments != (head.opcode == CONTINUATION):
             raise FrameViolation(1002, "a continuation must follow its own message")
         if head.opcode == BINARY:
@@ -200,7 +226,8 @@ class _Wire(trio.abc.HalfCloseableStream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         # Enters the FIFO and returns: a pong must not stop the library from reading when the peer does not read.
-        self._ws._enqueue(bytes(data))
+        if not self._ws._close_sent:
+            self._ws._enqueue(bytes(data))
         await trio.lowlevel.checkpoint()
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -210,7 +237,7 @@ class _Wire(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     async def aclose(self) -> None:
-        # The library is through with the stream; its owner flushes and closes it (`ServerWebSocket._finish`).
+        # The library has given up on the peer; its owner flushes and closes the stream (`ServerWebSocket._finish`).
         self._ws._library_done()
         await trio.lowlevel.checkpoint()
 
@@ -225,7 +252,10 @@ class ServerWebSocket:
         blocked_since: when that began (trio time); meaningful while `blocked`.
         progress_at: when the kernel last took something (trio time).
         close_code, close_reason: what was sent or received to end the connection; 1006 if the line was lost.
+        connected_at: when the stream was handed over (trio time).
         on_unblocked: called (synchronously) whenever the FIFO has run empty.
+        on_late: called (synchronously) with each text message that arrives after a close with 1013: a client that is
+            closed because it does not read may still have something to say.
     """
 
     def __init__(
@@ -252,7 +282,9 @@ class ServerWebSocket:
         self._library_ended = False
         self._wrote = False
         self._by_us = False
+        self._close_sent = False
         self._peer_closed = False
+        self._takes_late = False
         self.max_message_bytes = max_message_bytes
         self.phase = Phase.HANDSHAKE
         self.blocked = False
@@ -260,7 +292,9 @@ class ServerWebSocket:
         self.progress_at = 0.0
         self.close_code: int | None = None
         self.close_reason = ""
+        self.connected_at = trio.current_time()
         self.on_unblocked: Callable[[], None] = lambda: None
+        self.on_late: Callable[[bytes], None] = lambda message: None
 
     # the upgrade request
 
@@ -268,6 +302,11 @@ class ServerWebSocket:
     def peer(self) -> str:
         """The peer's address."""
         return self._stream.peer
+
+    @property
+    def closed_by_us(self) -> bool:
+        """Whether `close_code` is ours and not the peer's."""
+        return self._by_us
 
     @property
     def path(self) -> str:
@@ -318,10 +357,11 @@ class ServerWebSocket:
     async def accept(self, subprotocol: str | None = None) -> None:
         """Answer 101 and open the connection. `subprotocol` must be one that was offered."""
         assert self._request is not None
-        # The phase changes first: the library's reader may ask for bytes while the answer is being sent.
-        self.phase = Phase.OPEN
-        self._opened.unpark_all()
         self._library = await self._request.accept(subprotocol=subprotocol)
+        # Only now: what came right behind the request must not be read before there is somewhere to put it.
+        if self.phase is Phase.HANDSHAKE:
+            self.phase = Phase.OPEN
+        self._opened.unpark_all()
 
     async def reject(self, status: int, body: bytes) -> None:
         """Answer with an HTTP error instead; the block of `open_server_websocket` should then be left."""
@@ -357,6 +397,9 @@ class ServerWebSocket:
         self._taken.unpark_all()
 
     def _put(self, message: bytes) -> None:
+        if self.phase is not Phase.OPEN:
+            self.on_late(message)
+            return
         self._inbox.append(message)
         self._inbox_bytes += len(message)
         self._held = self.hold
@@ -407,7 +450,7 @@ class ServerWebSocket:
 
     def _enqueue(self, data: bytes) -> None:
         """Write now if nothing waits, else queue. Entries are whole frames."""
-        if self.phase is Phase.CLOSED:
+        if self.phase is Phase.CLOSED or not data:
             return
         if not self._fifo:
             try:
@@ -438,6 +481,8 @@ class ServerWebSocket:
                 entry = fifo[0]
                 sent = await self._stream.send_some(entry)
                 self.progress_at = trio.current_time()
+                if not fifo:
+                    break  # the reader has found the line lost meanwhile
                 if sent == len(entry):
                     fifo.popleft()
                     self.blocked_since = self.progress_at
@@ -459,15 +504,28 @@ class ServerWebSocket:
             self.phase = Phase.CLOSING
             self._by_us = True
             self.close_code, self.close_reason = code, reason
-            self._inbox.clear()
+            self._takes_late = code == 1013
+            if not self._takes_late:
+                self._inbox.clear()
             self._wake()
+
+    def _send_close(self, code: int, reason: str) -> None:
+        if not self._close_sent:
+            self._close_sent = True
+            self._enqueue(_close_frame(code, reason))
 
     def _peer_closes(self, code: int, reason: str) -> None:
         self._peer_closed = True
         if self.phase is Phase.OPEN:
             self.phase = Phase.CLOSING
             self.close_code, self.close_reason = code, reason
-            self._wake()
+            self._send_close(code, reason)
+        self._end_reading()
+
+    def _end_reading(self) -> None:
+        """Nothing that comes now is of interest to anyone."""
+        self._library_ended = True
+        self._wake()
 
     def _lost(self) -> None:
         """The line is gone."""
@@ -476,18 +534,17 @@ class ServerWebSocket:
             if self.close_code is None:
                 self.close_code = 1006
             self._fifo.clear()
-            self._library_ended = True
-            self._wake()
+            self._flushed.unpark_all()
+            self._end_reading()
 
     def _library_done(self) -> None:
-        """The library has closed "its" stream: refused the request, finished the close, or given up on the peer."""
-        self._library_ended = True
+        """The library has closed "its" stream: refused the request, or given up on the peer."""
         if self.phase is Phase.HANDSHAKE:
             self._handshake_scope.cancel()
         elif self.phase is Phase.OPEN:
             # Fragments that are not UTF-8: it gave up without a close frame, which `_finish` will send.
             self.close_nowait(1007, "text must be UTF-8")
-        self._wake()
+        self._end_reading()
 
     def _wake(self) -> None:
         self._held = False
@@ -502,21 +559,17 @@ class ServerWebSocket:
             if self.phase is Phase.OPEN:
                 self.close_nowait(1000, "")
             if self._library is not None and self.phase is not Phase.CLOSED:
-                if self._by_us and not self._library_ended:
-                    await self._library.aclose(self.close_code or 1000, _short(self.close_reason))
-                elif self._by_us:
-                    self._enqueue(_close_frame(self.close_code or 1000, self.close_reason))
+                self._send_close(self.close_code or 1000, self.close_reason)
+                late, self._inbox = self._inbox, []
+                for message in late if self._takes_late else ():
+                    self.on_late(message)
                 while not self._library_ended:
                     await self._ended.park()
-            while self._pumping:
+            while self._pumping and self._fifo:
                 await self._flushed.park()
             if self.phase is not Phase.CLOSED and not self._peer_closed:
-                # Nothing can follow the peer's close frame. Without one, bytes may be unread, and closing with unread
-                # bytes would turn into a reset that takes our close frame along.
-                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                    await self._stream.send_eof()
-                    while await self._stream.receive_some(READ_BYTES):
-                        pass
+                # Nothing can follow the peer's close frame. Without one, bytes may be unread.
+                await end_gently(self._stream, timeout)
 
 
 def _short(reason: str) -> str:
@@ -525,7 +578,7 @@ def _short(reason: str) -> str:
 
 
 def _close_frame(code: int, reason: str) -> bytes:
-    payload = code.to_bytes(2, "big") + _short(reason).encode()
+    payload = b"" if code == 1005 else code.to_bytes(2, "big") + _short(reason).encode()
     return bytes((0x88, len(payload))) + payload
 
 
@@ -573,6 +626,7 @@ async def open_server_websocket(
         why = next((str(exc) for exc in _leaves(group) if isinstance(exc, HandshakeFailed)), "malformed request")
         if not ws._wrote:
             _answer_bad_request(stream, why)
+        await end_gently(stream, min(LINGER, close_timeout))
         raise HandshakeFailed(why) from None
     finally:
         await stream.aclose()
