@@ -14,7 +14,7 @@ code                     retryable when
 ``upstream_error``       no        any other status; something that is not of this API; an error in mid-answer
 ======================== ========= ======================================================================
 
-This module is the only one that knows httpx.
+This module is the only one that knows httpx2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gateway.errors import AgentLoadError, ConfigError, FrameError, TurnFailed
 from gateway.protocol import codec
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
     from gateway.session import Turn
 
@@ -91,22 +91,22 @@ class OpenAI:
     no pool needs an owner. A handshake is small beside a model's first token.
 
     Raises (when made):
-        AgentLoadError: httpx is not installed. ConfigError: a URL, key or header cannot be used.
+        AgentLoadError: httpx2 is not installed. ConfigError: a URL, key or header cannot be used.
     """
 
     def __init__(self, options: OpenAIOptions, *, key: str = "openai") -> None:
         try:
-            import httpx
+            import httpx2
         except ImportError:
-            raise AgentLoadError(f"{key}: the kind 'openai' needs httpx: pip install 'trio-gateway[openai]'") from None
-        self._httpx = httpx
+            raise AgentLoadError(f"{key}: the kind 'openai' needs httpx2: pip install 'trio-gateway[openai]'") from None
+        self._httpx = httpx2
         self._options = options
         self._url = self._check_url(options.base_url, key)
         self._headers = self._make_headers(key)
         # Loading the certificates takes longer than a local model's first token, so once.
-        self._tls = httpx.create_ssl_context()
+        self._tls = httpx2.create_ssl_context()
 
-    def _check_url(self, text: str, key: str) -> httpx.URL:
+    def _check_url(self, text: str, key: str) -> httpx2.URL:
         try:
             url = self._httpx.URL(text.rstrip("/").removesuffix("/chat/completions") + "/chat/completions")
         except self._httpx.InvalidURL:
@@ -150,9 +150,9 @@ class OpenAI:
             await answer.finish()
 
     @asynccontextmanager
-    async def _request(self, turn: Turn) -> AsyncIterator[httpx.Response]:
+    async def _request(self, turn: Turn) -> AsyncIterator[httpx2.Response]:
         """The response of a request for this turn's answer, with a good status; its errors come out as `TurnFailed`."""
-        httpx = self._httpx
+        httpx2 = self._httpx
         options = self._options
         body: dict[str, Any] = {
             "model": options.model,
@@ -164,22 +164,22 @@ class OpenAI:
         if options.max_tokens is not None:
             body["max_tokens"] = options.max_tokens
         body |= options.extra_body
-        timeout = httpx.Timeout(options.timeout_s, connect=min(options.timeout_s, CONNECT_TIMEOUT_S))
+        timeout = httpx2.Timeout(options.timeout_s, connect=min(options.timeout_s, CONNECT_TIMEOUT_S))
         try:
-            async with httpx.AsyncClient(headers=self._headers, timeout=timeout, verify=self._tls) as client:
+            async with httpx2.AsyncClient(headers=self._headers, timeout=timeout, verify=self._tls) as client:
                 async with client.stream("POST", self._url, json=body) as response:
                     if response.status_code != 200:
                         raise self._refused(turn, response, await _read_body(response))
                     yield response
-        except httpx.TimeoutException as exc:
+        except httpx2.TimeoutException as exc:
             raise self._failed(turn, exc, "upstream_timeout", "the model server did not answer in time", True) from None
-        except (httpx.NetworkError, httpx.RemoteProtocolError) as exc:
-            said = "cannot be reached" if isinstance(exc, httpx.ConnectError) else "closed the connection too early"
+        except (httpx2.NetworkError, httpx2.RemoteProtocolError) as exc:
+            said = "cannot be reached" if isinstance(exc, httpx2.ConnectError) else "closed the connection too early"
             raise self._failed(turn, exc, "upstream_unavailable", f"the model server {said}", True) from None
         except _CutOff as exc:
             message = "the model server closed the connection in the middle of its answer"
             raise self._failed(turn, exc, "upstream_unavailable", message, True) from None
-        except httpx.HTTPError as exc:
+        except httpx2.HTTPError as exc:
             raise self._failed(turn, exc, "upstream_error", "the request to the model server failed", False) from None
         except (_Malformed, EventTooLarge) as exc:
             raise self._failed(turn, exc, "upstream_error", "the model server's answer cannot be read", False) from None
@@ -191,7 +191,7 @@ class OpenAI:
         self._report(turn, code, f"{type(exc).__name__}: {exc}")
         return TurnFailed(code, message, retryable=retryable)
 
-    def _refused(self, turn: Turn, response: httpx.Response, body: bytes) -> TurnFailed:
+    def _refused(self, turn: Turn, response: httpx2.Response, body: bytes) -> TurnFailed:
         status = response.status_code
         said = body.decode("utf-8", "replace")
         retryable = False
@@ -349,7 +349,7 @@ def _arguments(text: str) -> Any:
         return text
 
 
-async def _read_body(response: httpx.Response) -> bytes:
+async def _read_body(response: httpx2.Response) -> bytes:
     body = bytearray()
     async with aclosing(cast("AsyncGenerator[bytes]", response.aiter_bytes())) as chunks:
         async for chunk in chunks:

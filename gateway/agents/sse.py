@@ -1,6 +1,6 @@
 """Server-sent events from bytes, sans-I/O.
 
-A parser of our own, because text-based line readers (httpx's `aiter_lines` among them) also end lines at U+2028 and its
+A parser of our own, because text-based line readers (httpx2's `aiter_lines` among them) also end lines at U+2028 and its
 kin, which may stand unescaped in JSON, and because a line from a foreign server needs a bound.
 """
 

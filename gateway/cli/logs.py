@@ -18,7 +18,7 @@ from structlog.typing import Processor
 
 from gateway.config import Log
 
-THIRD_PARTY = ("hypercorn", "trio-websocket", "httpx", "httpcore")
+THIRD_PARTY = ("hypercorn", "trio-websocket", "httpx2", "httpcore2", "httpcore")
 """Loggers that speak of every connection at ``info``; their warnings are wanted, the rest only at ``debug``."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import trio
 from fake_turn import FakeTurn, answered, run, said
@@ -28,13 +28,13 @@ def agent(url: str, max_tokens: int = 40, **options: Any) -> Agent:
 async def plain_answer(url: str, *messages: tuple[str, str]) -> str:
     """What the server says to these messages when it is asked without a stream and without the gateway."""
     body = {"max_tokens": 40, "messages": [{"role": role, "content": text} for role, text in messages], **SAMPLING}
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx2.AsyncClient(timeout=60) as client:
         reply = (await client.post(f"{url}/chat/completions", json=body)).json()
     return str(reply["choices"][0]["message"]["content"])
 
 
 async def busy_slots(url: str) -> int:
-    async with httpx.AsyncClient() as client:
+    async with httpx2.AsyncClient() as client:
         slots = (await client.get(url.removesuffix("/v1") + "/slots")).json()
     return sum(slot["is_processing"] for slot in slots)
 

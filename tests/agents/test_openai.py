@@ -251,7 +251,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     real = builtins.__import__
 
     def importing(name: str, *args: Any, **more: Any) -> Any:
-        if name == "httpx":
+        if name == "httpx2":
             raise ImportError(name)
         return real(name, *args, **more)
 
