@@ -16,7 +16,9 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
+import attrs
 import click
+import platformdirs
 import structlog
 import trio
 
@@ -54,7 +56,7 @@ FLAGS = {
     "--host": ("server.host", "HOST", f"Where to listen [default: {_DEFAULT.server.host}]."),
     "--port": ("server.port", "PORT", f"For WebSocket; 0 takes a free one [default: {_DEFAULT.server.port}]."),
     "--http-port": ("server.http_port", "PORT", f"For health checks, likewise [default: {_DEFAULT.server.http_port}]."),
-    "--store": ("store.url", "STORE", f"memory, or sqlite:PATH [default: {_DEFAULT.store.url}]."),
+    "--store": ("store.url", "STORE", "memory, or sqlite:PATH [default: a file in the platform's state directory]."),
     "--log-level": ("log.level", "LEVEL", f"debug, info, warning or error [default: {_DEFAULT.log.level}]."),
     "--log-format": ("log.format", "FORMAT", f"console or json [default: {_DEFAULT.log.format}]."),
 }
@@ -102,11 +104,23 @@ def run(
             flags.append(Flag(name="--no-http", path="server.http", value=not no_http))
         loaded = load(file, flags=flags)
         config = loaded.config
+        if "store.url" not in loaded.sources:
+            config = attrs.evolve(config, store=attrs.evolve(config.store, url=_default_store()))
         set_up_logs(config.log)
         served = _load_agents(agents, config)
         serve_http = _find_http(loaded)
         _prepare_process(config)
         trio.run(_serve, config, served, serve_http)
+
+
+def _default_store() -> str:
+    """A file in the platform's directory for state, which is created: sessions survive a restart without being told."""
+    folder = platformdirs.user_state_path("trio-gateway")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError("store.url", f"cannot create {folder}: {exc.strerror}; choose a place with --store") from None
+    return f"sqlite:{folder / 'sessions.db'}"
 
 
 def _milliseconds(text: str) -> int:
@@ -123,10 +137,11 @@ def _load_agents(specs: tuple[str, ...], config: Config) -> dict[str, Registered
     limiter = trio.CapacityLimiter(config.limits.max_sync_threads)
     served: dict[str, Registered] = {}
     for spec in specs or config.agents or DEMO_AGENTS:
-        max_detached_ms = config.limits.max_detached_ms
+        max_detached_ms, retry_lost = config.limits.max_detached_ms, False
         if spec in config.agents:
             table = config.agents[spec]
             name, agent = spec, build_agent(spec, table, limiter=limiter)
+            retry_lost = table.on_lost == "retry"
             if table.max_detached_ms is not None:
                 max_detached_ms = table.max_detached_ms
         elif spec in DEMO_AGENTS:
@@ -139,7 +154,7 @@ def _load_agents(specs: tuple[str, ...], config: Config) -> dict[str, Registered
         if name in served:
             what = spec.partition("=")[2] or spec
             raise AgentLoadError(f"two agents are called {name!r}; give one another name: NAME={what}")
-        served[name] = Registered(agent, max_detached_ms)
+        served[name] = Registered(agent, max_detached_ms, retry_lost)
     return served
 
 

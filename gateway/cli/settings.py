@@ -135,8 +135,10 @@ class _Loading:
             if path in _SETTABLE:
                 self.read_value(_SETTABLE[path], value, source)
             else:
-                hint = _hint(name, {option.name: option.name for option in _options_of(table)})
-                self.problem(path, f"unknown setting{hint or _hint(name, _homes())}", source)
+                homes = _homes()
+                own = {option.name: option.name for option in _options_of(table)}
+                hint = _hint(name, {name: homes[name]} if name in homes else own) or _hint(name, homes)
+                self.problem(path, f"unknown setting{hint}", source)
 
     def read_agents(self, content: Any, source: str) -> None:
         if not isinstance(content, dict):
