@@ -35,6 +35,14 @@ def _text(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         raise ConfigError(f"{instance.TABLE}.{attribute.name}", f"expected a text that is not empty, got {value!r}")
 
 
+def _one_of(*allowed: str) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value not in allowed:
+            raise ConfigError(f"{instance.TABLE}.{attribute.name}", f"expected {' or '.join(allowed)}, got {value!r}")
+
+    return check
+
+
 def _limit(default: int, low: int, high: int, why: str) -> int:
     """A limit with its range; `why` is shown by `check-config` and in the reference."""
     return field(default=default, validator=_within(low, high), metadata={"low": low, "high": high, "why": why})
@@ -142,6 +150,8 @@ class Store:
 
     url: str = field(default="memory", validator=_text)
     """``memory``, or ``sqlite:PATH``."""
+    durability: Literal["full", "normal"] = field(default="full", validator=_one_of("full", "normal"))
+    """``full``: what was accepted survives a crash of the machine; ``normal``: one of the process."""
 
 
 @frozen(kw_only=True)
@@ -161,6 +171,8 @@ class AgentConfig:
     Args:
         run: ``MODULE:ATTR``, or one of the built-in kinds ``demo``, ``openai``, ``process``.
         max_detached_ms: overrides ``limits.max_detached_ms`` for this agent.
+        on_lost: what becomes of a turn that a crash cut off: ``end`` (it ends as ``lost``) or ``retry`` (its inputs run
+            again, at most three times in all).
         options: every other key of the table, handed to the kind (``base_url``, ``command``, …).
     """
 
@@ -168,6 +180,7 @@ class AgentConfig:
 
     run: str = field(validator=_text)
     max_detached_ms: int | None = field(default=None, validator=attrs.validators.optional(_within(0, 7 * 24 * HOUR_MS)))
+    on_lost: Literal["end", "retry"] = field(default="end", validator=_one_of("end", "retry"))
     options: Mapping[str, Any] = field(factory=dict)
 
 

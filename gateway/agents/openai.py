@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from attrs import define, field, frozen
@@ -139,7 +139,7 @@ class OpenAI:
         async with self._request(turn) as response:
             if "text/event-stream" in response.headers.get("content-type", "text/event-stream"):
                 parser = EventParser()
-                async with aclosing(cast("AsyncGenerator[bytes]", response.aiter_bytes())) as chunks:
+                async with aclosing(response.aiter_bytes()) as chunks:
                     async for chunk in chunks:
                         for event in parser.feed(chunk):
                             await answer.take(event)
@@ -351,7 +351,7 @@ def _arguments(text: str) -> Any:
 
 async def _read_body(response: httpx2.Response) -> bytes:
     body = bytearray()
-    async with aclosing(cast("AsyncGenerator[bytes]", response.aiter_bytes())) as chunks:
+    async with aclosing(response.aiter_bytes()) as chunks:
         async for chunk in chunks:
             body += chunk
             if len(body) > MAX_BODY_BYTES:

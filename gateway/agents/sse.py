@@ -1,7 +1,7 @@
 """Server-sent events from bytes, sans-I/O.
 
-A parser of our own, because text-based line readers (httpx2's `aiter_lines` among them) also end lines at U+2028 and its
-kin, which may stand unescaped in JSON, and because a line from a foreign server needs a bound.
+A parser of our own, because text-based line readers (httpx2's `aiter_lines` among them) also end lines at U+2028 and
+its kin, which may stand unescaped in JSON, and because a line from a foreign server needs a bound.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def _jsonl(events: list[Event]) -> Iterator[str]:
 
 def _markdown(found: StoredSession) -> Iterator[str]:
     yield f"# Session {found.record.session_id}\n"
-    yield f"Agent `{found.record.agent_id}`, subject `{found.record.subject}`, since {_when(found.record.created_at)} UTC."
+    record = found.record
+    yield f"Agent `{record.agent_id}`, subject `{record.subject}`, since {_when(record.created_at)} UTC."
     for event in found.events:
         match event:
             case Input():

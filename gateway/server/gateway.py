@@ -20,7 +20,7 @@ from attrs import frozen
 from gateway._version import __version__
 from gateway.agents import as_agent
 from gateway.config import Config
-from gateway.errors import ConfigError, ConnectionLost, GatewayError, HandshakeRefused
+from gateway.errors import ConfigError, ConnectionLost, GatewayError, HandshakeRefused, StoreError
 from gateway.protocol import codec
 from gateway.protocol.messages import GoAway, Policy, ServerInfo
 from gateway.server.auth import Authenticate, anyone, by_token
@@ -35,6 +35,9 @@ from gateway.transport.tasks import open_plain_nursery
 
 RECONNECT_SPREAD_MS = 5_000
 """Clients told to go away come back within so many ms, each at its own moment: 10,000 of them make 2,000 a second."""
+
+PURGE_EVERY_SECONDS = 600
+"""Sessions are kept for a day by default; ten minutes more do not matter, and a purge of a large file takes a while."""
 
 SETTLE_SECONDS = 1.0
 """For replies that are not sent yet, before connections are closed in a drain."""
@@ -280,6 +283,18 @@ class Gateway:
                 next_rest = now + rest_every
                 self.registry.rest_idle()
 
+    async def _purge(self, store: Store) -> None:
+        """Have the store remove what was kept long enough, and nothing in use. Owned by the gateway's nursery."""
+        while True:
+            await trio.sleep(PURGE_EVERY_SECONDS)
+            try:
+                purged = await store.purge(now=self.sources.now_ms(), in_use=self.registry)
+            except StoreError as exc:
+                _log.warning("purge_failed", error=str(exc))
+            else:
+                if purged.sessions or purged.keys:
+                    _log.info("purged", sessions=purged.sessions, keys=purged.keys, bytes=purged.size)
+
     def _check(self, connection: Connection, check: Callable[..., None], *args: Any) -> None:
         try:
             check(*args)
@@ -374,7 +389,7 @@ async def open_gateway(
     listeners = await bind(config.server.host, config.server.port) if listen else []
     try:
         async with (
-            store or open_store(config.store.url, config.limits) as opened,
+            store or open_store(config.store.url, config.limits, durability=config.store.durability) as opened,
             open_plain_nursery() as nursery,
             # Inside, so that connections end before what serves them.
             open_plain_nursery() as connections,
@@ -392,6 +407,7 @@ async def open_gateway(
             # All owned by the gateway's nurseries, which cancel them when the block is left.
             nursery.start_soon(gateway.flusher.run)
             nursery.start_soon(gateway._watch)
+            nursery.start_soon(gateway._purge, opened)
             gateway.spawn(gateway.registry.resume_unfinished)
             gateway._accept(listeners)
             yield gateway

@@ -66,6 +66,10 @@ class Registry:
         self._reserved = 0  # sessions that are about to be in memory
         self.draining = False
 
+    def __contains__(self, session_id: object) -> bool:
+        """Whether a session is in memory, or on its way there: then nobody may remove it from the store."""
+        return session_id in self._sessions or session_id in self._opening
+
     def __len__(self) -> int:
         return len(self._sessions)
 

@@ -66,6 +66,7 @@ from gateway.store.sqlite_file import (
     explain,
     new_epoch,
     prepare,
+    raise_explained,
 )
 from gateway.store.sqlite_reader import Idle
 from gateway.store.sqlite_writer import Append, Create, Job, Operation, Writer
@@ -188,8 +189,7 @@ class SqliteStore(Store):
             for connection in connections:
                 connection.close()
             self._lock.release()
-            if isinstance(exc, sqlite3.Error):
-                raise explain(exc, self._path, opening=True) from exc
+            raise_explained(exc, self._path)
             raise
 
     async def __aexit__(self, *exc: object) -> None:

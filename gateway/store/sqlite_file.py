@@ -162,10 +162,15 @@ def connect(path: str, durability: Durability, busy_timeout: float, make: Connec
     except BaseException as exc:
         if connection is not None:
             connection.close()
-        if isinstance(exc, sqlite3.Error):
-            raise explain(exc, path, opening=True) from exc
+        raise_explained(exc, path)
         raise
     return connection
+
+
+def raise_explained(exc: BaseException, path: str) -> None:
+    """Raise what an error of SQLite means to whoever opens a store; nothing for any other exception."""
+    if isinstance(exc, sqlite3.Error):
+        raise explain(exc, path, opening=True) from exc
 
 
 def prepare(connection: sqlite3.Connection, path: str) -> int:

@@ -24,7 +24,7 @@ async def open_plain_nursery() -> AsyncIterator[trio.Nursery]:
     async with trio.open_nursery() as nursery:
         try:
             yield nursery
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: ASYNC103 - raised below
             # Kept only until the tasks have ended: raised in here, it would come out wrapped. That holds for a
             # cancellation too, whose scope is around this function.
             failure = exc
