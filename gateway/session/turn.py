@@ -27,6 +27,7 @@ from gateway.protocol.messages import (
     State,
     ToolCall,
     ToolResult,
+    TurnStarted,
     Withdrawn,
 )
 from gateway.protocol.patch import merge_patch
@@ -127,18 +128,31 @@ class Turn:
 
     @property
     def transcript(self) -> tuple[Event, ...]:
-        """The conversation so far, oldest first, as far as it is kept in memory, with this turn's inputs at its end.
+        """The conversation so far, oldest first, as far as it is kept in memory.
 
-        Consists of `Input`, `Output`, `ToolCall`, `ToolResult`, `Answered` and `TurnEnded` events. Inputs that wait or
-        were withdrawn are not part of it; those the running turn took in (`steered`) are.
+        Consists of `Input`, `Output`, `ToolCall`, `ToolResult`, `Answered` and `TurnEnded` events. An input stands where
+        its turn started (or took it in, if it was `steered`), not where it was sent, so each answer follows its
+        question, and when this turn starts its own inputs are last. What waits or was withdrawn is not part of it.
         """
-        view, log = self._session.view, self._session.log
         own = {item.request_id for item in self.inputs}
-        leave_out = set(view.queue) | own
-        leave_out |= {e.request_id for e in log if type(e) is Withdrawn and e.reason != "steered"}
-        events = (e for e in log if isinstance(e, TRANSCRIPT_EVENTS))
-        before = tuple(e for e in events if not (type(e) is Input and e.request_id in leave_out))
-        return before + self.inputs
+        waiting: dict[str, Input] = {}
+        result: list[Event] = []
+        for event in self._session.log:
+            if isinstance(event, Input):
+                waiting[event.request_id] = event
+            elif isinstance(event, TurnStarted):
+                if event.turn_id == self.turn_id:
+                    result += self.inputs
+                else:  # of an earlier attempt at this turn, perhaps
+                    taken = [request_id for request_id in event.request_ids if request_id not in own]
+                    result += [waiting.pop(request_id) for request_id in taken if request_id in waiting]
+            elif isinstance(event, Withdrawn):
+                withdrawn = waiting.pop(event.request_id, None)
+                if withdrawn is not None and event.reason == "steered":
+                    result.append(withdrawn)
+            elif isinstance(event, TRANSCRIPT_EVENTS):
+                result.append(event)
+        return tuple(result)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -159,10 +173,11 @@ class Turn:
     async def send(self, text: str, channel: str = "answer") -> None:
         """Stream a piece of text; it may be of any length.
 
-        It is not a checkpoint every time: it only waits when the outbox is full or after some sends without a pause.
+        It is not a checkpoint every time: it only waits when the outbox is full or after some writes without a pause.
         """
-        if self._closed:
-            self._check_open()
+        self._unyielded += 1
+        if self._unyielded >= YIELD_EVERY or self._closed or self._scope.cancel_called:
+            await self._enter()
         if channel not in self._channels:
             self._add_channel(channel)
         if not isinstance(text, str):
@@ -179,10 +194,6 @@ class Turn:
             except (trio.WouldBlock, trio.BrokenResourceError):
                 self._unyielded = 0
                 await self._put(delta)
-        self._unyielded += 1
-        if self._unyielded >= YIELD_EVERY or self._scope.cancel_called:
-            self._unyielded = 0
-            await trio.lowlevel.checkpoint()
 
     async def reason(self, text: str) -> None:
         """`send` on the channel ``reasoning``."""
@@ -190,13 +201,14 @@ class Turn:
 
     async def output(self, content: str, channel: str = "answer", metadata: Mapping[str, Any] | None = None) -> None:
         """State text as final: it replaces what was streamed on `channel` since the last output there."""
+        await self._enter()
         self._add_channel(channel)
         content, given = _text("content", content), _plain(dict(metadata or {}))
         await self._emit(Output(turn_id=self.turn_id, channel=channel, content=content, metadata=given))
 
     async def progress(self, key: str, data: Any) -> None:
         """Say how far `key` is. Only the latest per key counts, and none after the turn."""
-        self._check_open()
+        await self._enter()
         event = Progress(turn_id=self.turn_id, key=_text("key", key, MAX_NAME), data=_plain(data))
         size = len(codec.dump_json([key, event.data]))
         others = sum(self._progress.values()) - self._progress.get(key, 0)
@@ -207,6 +219,7 @@ class Turn:
 
     async def tool_call(self, name: str, arguments: Any = None, call_id: str | None = None) -> str:
         """Show that a tool is called. Returns the call's id, for `tool_result`."""
+        await self._enter()
         call_id = call_id or f"call_{self._session.sources.new_id()}"
         await self._emit(
             ToolCall(
@@ -220,6 +233,7 @@ class Turn:
 
     async def tool_result(self, call_id: str, result: Any = None, is_error: bool = False) -> None:
         """Show what a tool returned."""
+        await self._enter()
         call_id = _text("call_id", call_id, MAX_NAME)
         await self._emit(
             ToolResult(turn_id=self.turn_id, call_id=call_id, result=_plain(result), is_error=bool(is_error))
@@ -227,10 +241,12 @@ class Turn:
 
     async def custom(self, name: str, data: Any = None) -> None:
         """Write an event of the application's own."""
+        await self._enter()
         await self._emit(Custom(turn_id=self.turn_id, name=_text("name", name, MAX_NAME), data=_plain(data)))
 
     async def update_state(self, patch: Mapping[str, Any]) -> None:
         """Change the session's state by an RFC 7396 merge patch: a key set to None goes away, objects are merged."""
+        await self._enter()
         given = _plain(dict(patch))
         # One at a time: the next patch applies to what this one leaves, in the order in which they are written.
         async with self._state_lock:
@@ -254,7 +270,7 @@ class Turn:
         Returns:
             The answer. When it timed out or was cancelled: False for an approval, else None.
         """
-        self._check_open()
+        await self._enter()
         if kind not in ("approval", "choice", "input"):
             raise ValueError(f"kind: expected approval, choice or input, got {kind!r}")
         if kind == "choice" and not options:
@@ -289,6 +305,15 @@ class Turn:
         return pending.value
 
     # for itself
+
+    async def _enter(self) -> None:
+        """What every write begins with. An agent that catches all errors in a loop must not keep others from running,
+        so being refused, and every so many writes, is a checkpoint; and a turn being stopped gets no further."""
+        self._unyielded += 1
+        if self._unyielded >= YIELD_EVERY or self._closed or self._scope.cancel_called:
+            self._unyielded = 0
+            await trio.lowlevel.checkpoint()
+        self._check_open()
 
     def _check_open(self) -> None:
         if self._closed:
