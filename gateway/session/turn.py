@@ -130,8 +130,8 @@ class Turn:
     def transcript(self) -> tuple[Event, ...]:
         """The conversation so far, oldest first, as far as it is kept in memory.
 
-        Consists of `Input`, `Output`, `ToolCall`, `ToolResult`, `Answered` and `TurnEnded` events. An input stands where
-        its turn started (or took it in, if it was `steered`), not where it was sent, so each answer follows its
+        Consists of `Input`, `Output`, `ToolCall`, `ToolResult`, `Answered` and `TurnEnded` events. An input stands
+        where its turn started (or took it in, if it was `steered`), not where it was sent: each answer follows its
         question, and when this turn starts its own inputs are last. What waits or was withdrawn is not part of it.
         """
         own = {item.request_id for item in self.inputs}

@@ -47,11 +47,13 @@ AgentFunction = Callable[[Turn], Awaitable[str | None]]
 settle = trio.testing.wait_all_tasks_blocked
 
 
+_numbers = itertools.count(1)
+
+
 def make_sources() -> Sources:
-    numbers = itertools.count(1)
     return Sources(
         now_ms=lambda: int(trio.current_time() * 1000),
-        new_id=lambda: f"{next(numbers):06}",
+        new_id=lambda: f"{next(_numbers):06}",
         chance=lambda: 0.5,
         timer=trio.current_time,
     )
@@ -282,9 +284,17 @@ class House:
         watch_numbers(session, self.store)
         return session, existed
 
-    async def bench(self, session_id: str, *, name: str = "c1", subject: str = "alice", cursor: int = 0) -> Bench:
+    async def bench(
+        self,
+        session_id: str,
+        *,
+        name: str = "c1",
+        subject: str = "alice",
+        agent_id: str = "agent",
+        cursor: int = 0,
+    ) -> Bench:
         """Join, and attach a reader at a cursor."""
-        session, _ = await self.join(session_id, subject=subject)
+        session, _ = await self.join(session_id, subject=subject, agent_id=agent_id)
         reader = Reader(name, subject)
         join(session, reader, cursor)
         return Bench(session, self.store, reader)

@@ -117,7 +117,7 @@ async def test_turn_failed_with_anything_in_it_is_sent_as_text() -> None:
             await settle()
             await agent.fail(exc)
         errors = [event.error for event in bench.reader.of(TurnEnded)]
-        assert [(e and len(e.code), e and len(e.message)) for e in errors][0] == (64, 4096)
+        assert errors[0] == ErrorInfo(code="x" * 64, message="y" * 4096)
         assert errors[1:] == [
             ErrorInfo(code="int", message="NoneType"),
             ErrorInfo(code="agent_error", message="?"),
