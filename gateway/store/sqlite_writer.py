@@ -15,7 +15,7 @@ import orjson
 import trio
 from attrs import define, field
 
-from gateway.errors import StoreError, StoreFenced, StoreRefused, StoreUnavailable
+from gateway.errors import StoreError, StoreRefused, StoreUnavailable
 from gateway.protocol.messages import Input
 from gateway.protocol.patch import merge_patch
 from gateway.store.base import SessionRecord, Stored
@@ -162,7 +162,6 @@ class Writer:
         self._max_events = max_events
         self._max_bytes = max_bytes
         (self._next_id,) = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM sessions").fetchone()
-        self._fenced: StoreFenced | None = None
         self.transactions = 0
         self.batches = 0
         self.failures = 0
@@ -180,8 +179,6 @@ class Writer:
         them may be to blame: a batch that cannot be stored, or that needs more room than is left, fails no other.
         """
         try:
-            if self._fenced is not None:
-                raise self._fenced
             self._transaction(group)
         except Exception as exc:
             if len(group) > 1 and _may_be_one(exc):
@@ -189,8 +186,6 @@ class Writer:
                     self.commit((operation,))
                 return
             self.failures += 1
-            if isinstance(exc, StoreFenced):
-                self._fenced = exc
             for operation in group:
                 operation.error = explain(exc, self._path)
                 operation.error.__cause__ = exc

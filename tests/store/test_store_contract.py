@@ -536,6 +536,15 @@ async def test_keys_are_kept_for_the_resume_window(make: Make) -> None:
         assert len(found.events) == 6, "only the key goes"
 
 
+async def test_the_key_of_a_waiting_input_stays(make: Make) -> None:
+    async with make(retention=Retention(resume_window_ms=10)) as store:
+        script = await Script(store).create()
+        await script.write(script.input("done"), script.start("t", "done"), script.end("t"), script.input("waits"))
+        assert (await store.purge(now=10**9, in_use={"s"})).keys == 1
+        found = await script.load()
+        assert queue(found) == [name for name, _ in found.keys] == ["waits"]
+
+
 async def test_many_sessions_are_purged(make: Make) -> None:
     async with make(retention=Retention(resume_window_ms=10, max_age_ms=10)) as store:
         names = [f"s{i}" for i in range(350)]

@@ -191,6 +191,16 @@ async def test_what_append_returned_for_survives_kill_9(path: str, round_: int) 
             assert len(found.keys) == (numbers[-1] + 2) // 5
 
 
+@pytest.mark.parametrize(("durability", "synchronous"), [("full", 2), ("normal", 1)])
+async def test_full_syncs_every_transaction(path: str, durability: Any, synchronous: int) -> None:
+    faults = Faults()
+    async with SqliteStore(path, make_connection=faults, durability=durability) as store:
+        writer = faults.connections[0]
+        assert writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert writer.execute("PRAGMA synchronous").fetchone() == (synchronous,)
+        assert store.durable == (synchronous == 2)
+
+
 # --- a crash or an error between any two statements ------------------------------------------------------------------
 
 
@@ -740,6 +750,35 @@ async def test_a_load_waits_for_what_a_cancelled_writer_handed_over(path: str) -
         assert loaded == [["a"]]
 
 
+async def test_a_load_waits_for_the_newest_of_several(path: str) -> None:
+    faults = Faults()
+    first = Gate(faults)
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+        first.armed = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(script.write, script.input("a"))
+            await first.wait_reached()
+            nursery.start_soon(script.write, script.input("b"))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        second = Gate(faults)
+        second.armed = True
+        first.go.set()
+        await second.wait_reached()
+        async with trio.open_nursery() as nursery:
+            loaded: list[list[str]] = []
+
+            async def load() -> None:
+                loaded.append(queue(await script.load()))
+
+            nursery.start_soon(load)
+            await trio.testing.wait_all_tasks_blocked()
+            assert loaded == []
+            second.go.set()
+        assert loaded == [["a", "b"]]
+
+
 async def test_a_purge_asks_again_right_before_it_removes(path: str) -> None:
     """A session that comes into use while the purge looks for candidates stays."""
     store = SqliteStore(path, retention=Retention(resume_window_ms=10, max_age_ms=10))
@@ -768,13 +807,17 @@ async def test_a_purge_leaves_what_became_active_after_it_looked(path: str) -> N
     async with store:
         script, other = await Script(store).create(), await Script(store, "other").create()
         gate.armed = True
+
+        class Registry:
+            def __contains__(self, session_id: object) -> bool:
+                gate.go.set()  # the purge has looked, and is about to hand over the removal
+                return False
+
         async with trio.open_nursery() as nursery:
             # Handed over, not committed: the purge's look does not see it, its removal comes behind it.
             nursery.start_soon(script.write, script.input("a"))
             await gate.wait_reached()
-            nursery.start_soon(lambda: store.purge(now=10**9, in_use=()))
-            await trio.testing.wait_all_tasks_blocked()
-            gate.go.set()
+            await store.purge(now=10**9, in_use=Registry())
         assert queue(await script.load()) == ["a"]
         assert await store.load("other", **MANY) is None
         assert other.seq == 0
