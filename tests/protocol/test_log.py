@@ -141,7 +141,7 @@ class LogMachine(RuleBasedStateMachine):
         self.model = Model(max_events, max_bytes)
         self.history: list[m.Event] = []
         self.everyone = Reader(ROOM)
-        self.readers: list[Reader] = []
+        self.readers = [Reader(ROOM)]
         self.made = 0
         self.turn_id = ""  # none runs
         self.next_seq = 1
@@ -179,10 +179,17 @@ class LogMachine(RuleBasedStateMachine):
         self.append(m.TurnStarted(turn_id=self.turn_id, request_ids=request_ids))
 
     @precondition(lambda self: self.turn_id)
-    @rule(channel=channels, text=texts, times=st.sampled_from([1, 3, MERGE_FROM, 2 * MERGE_FROM]))
-    def stream(self, channel: str, text: str, times: int) -> None:
-        for i in range(times):
-            self.append(m.Delta(turn_id=self.turn_id, channel=channel, text=f"{text}{i}"))
+    @rule(
+        runs=st.lists(st.tuples(channels, texts, st.sampled_from([1, 3, MERGE_FROM])), min_size=1, max_size=4),
+        all_read=st.booleans(),
+    )
+    def stream(self, runs: list[tuple[str, str, int]], all_read: bool) -> None:
+        for channel, text, times in runs:
+            for i in range(times):
+                self.append(m.Delta(turn_id=self.turn_id, channel=channel, text=f"{text}{i}"))
+        if all_read:  # before something supersedes it: merging is what this is about
+            for reader in self.readers:
+                self.read_once(reader)
 
     @precondition(lambda self: self.turn_id)
     @rule(channel=channels, unit=st.sampled_from(["x", "€"]))
