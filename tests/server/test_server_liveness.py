@@ -28,12 +28,22 @@ async def test_the_gateway_pings_after_silence_and_text_keeps_the_line() -> None
 
 
 async def test_silence_is_4408() -> None:
-    async with gateway_of(limits=BEAT) as gateway, joined(gateway) as client:
+    async with gateway_of(limits=BEAT) as gateway, dialled(gateway) as client:
         started = trio.current_time()
+        await client.send_text(json.dumps(hello()))
         closed = await client.until_closed()
         assert (closed.code, closed.reason) == (4408, "heartbeat_timeout")
         assert trio.current_time() - started >= 0.2
         assert gateway.statistics().closes == {"4408 heartbeat_timeout": 1}
+
+
+async def test_a_late_hello_is_a_sign_of_life_too() -> None:
+    async with gateway_of(limits=BEAT) as gateway, dialled(gateway) as client:
+        await trio.sleep(0.3)
+        await client.send_text(json.dumps(hello()))
+        await client.until("hello_ok")
+        await client.ask("ping", "pong")
+        await client.until("ping")
 
 
 async def test_websocket_pings_and_pongs_are_no_sign_of_life() -> None:
