@@ -178,6 +178,47 @@ async def test_bounded_with_a_stalled_client_and_a_hanging_agent() -> None:
             release.set()
 
 
+async def test_bounded_with_a_store_that_does_not_answer() -> None:
+    release = trio.Event()
+    hangs = False
+
+    class HangingStore(MemoryStore):
+        async def append(self, session_id, batch, reserved):  # type: ignore[no-untyped-def]
+            if hangs:
+                await release.wait()
+            await super().append(session_id, batch, reserved)
+
+    agent, limits = Held(), {"stop_timeout_ms": 100, "close_timeout_ms": 100}
+    async with gateway_of(agent, store=HangingStore(), limits=limits) as gateway, joined(gateway) as client:
+        await client.message()
+        await client.had("delta")
+        hangs = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.until_closed)
+            with trio.fail_after(15):
+                await gateway.drain()
+        assert not client.taken("turn_ended"), "what is not stored is not shown"
+        assert client.closed is not None
+        assert client.closed.code == 1012
+        release.set()
+
+
+async def test_who_comes_in_memory_during_a_drain_is_told_to_come_back() -> None:
+    agent = Held()
+    async with gateway_of(agent, server={"drain_timeout_ms": 10_000}) as gateway, joined(gateway) as running:
+        await running.message()
+        gateway.drain_nowait()
+        late = Plain(gateway.connect())
+        await late.upgrade()
+        await late.send_text(json.dumps(hello()))
+        error = await late.recv()
+        assert (error["type"], error["code"], error["retryable"]) == ("hello_error", "draining", True)
+        assert error["retry_after_ms"] > 0
+        assert (await late.until_closed()).code == 1012
+        agent.go.set()
+        assert (await running.until_closed()).code == 1012
+
+
 async def test_an_input_that_is_being_stored_still_gets_its_answer() -> None:
     """Unsent replies are work too: the drain waits for what the store is writing."""
     gate = trio.Event()

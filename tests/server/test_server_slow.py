@@ -113,19 +113,18 @@ async def test_60_000_deltas_past_a_stalled_client(record_property: Any) -> None
 
 
 async def test_the_stalled_one_resumes_from_its_cursor() -> None:
-    limits = {**SMALL, "slow_grace_ms": 50, "max_buffered_bytes": 100_000}
-    async with gateway_of(flood, limits=limits) as gateway, joined(gateway, "s") as reading:
+    limits = {**SMALL, "slow_grace_ms": 50, "max_buffered_bytes": 100_000, "send_timeout_ms": 600_000}
+    async with gateway_of(flood, limits=limits) as gateway:
         slow = Reader()
         async with joined(gateway, "s", small=True) as stalled:
             slow.take(stalled.hello)
-            await reading.message("20000 100")
-            await reading.until("turn_ended")
-            await eventually(lambda: gateway.statistics().connections == 1)
+            await stalled.send("message", request_id="r", content="20000 100")
+            await eventually(lambda: gateway.statistics().closes == {"1013 slow_consumer": 1})
             closed = await stalled.until_closed()
-            assert closed.code == 1013
-            for frame in stalled.seen:
+            assert (closed.code, closed.reason) == (1013, "slow_consumer")
+            for frame in stalled.seen[1:]:
                 slow.take(frame)
-        assert gateway.statistics().closes == {"1013 slow_consumer": 1}
+        await eventually(lambda: gateway.statistics().turns == 0)
         async with joined(gateway, "s", since=slow.cursor, epoch=slow.epoch) as back:
             slow.take(back.hello)
             last = back.hello["last_disconnect"]
@@ -138,28 +137,24 @@ async def test_the_stalled_one_resumes_from_its_cursor() -> None:
 
 async def test_a_write_without_progress_is_closed_even_if_little_is_left() -> None:
     limits = {**SMALL, "send_timeout_ms": 300}
-    async with gateway_of(flood, limits=limits) as gateway, joined(gateway, "s") as reading:
-        async with joined(gateway, "s", small=True):
-            await reading.message("2000 100")
-            await reading.until("turn_ended")
-            await eventually(lambda: gateway.statistics().connections == 1)
-        assert gateway.statistics().closes == {"1013 slow_consumer": 1}
+    async with gateway_of(flood, limits=limits) as gateway, joined(gateway, "s", small=True) as stalled:
+        await stalled.send("message", request_id="r", content="2000 100")
+        await eventually(lambda: gateway.statistics().closes == {"1013 slow_consumer": 1})
+        assert (await stalled.until_closed()).code == 1013
 
 
 async def test_a_close_that_nobody_reads_is_bounded() -> None:
     limits = {**SMALL, "send_timeout_ms": 100, "close_timeout_ms": 100}
-    async with gateway_of(flood, limits=limits) as gateway, joined(gateway, "s") as reading:
-        async with joined(gateway, "s", small=True) as stalled:
-            await reading.message("2000 100")
-            await reading.until("turn_ended")
-            await eventually(lambda: gateway.statistics().connections == 1)
-            await eventually(lambda: gateway._serving == 1)
-            assert (await stalled.until_closed()).code in (None, 1013)
+    async with gateway_of(flood, limits=limits) as gateway, joined(gateway, "s", small=True) as stalled:
+        await stalled.send("message", request_id="r", content="2000 100")
+        await eventually(lambda: gateway.statistics().closes == {"1013 slow_consumer": 1})
+        await eventually(lambda: gateway._serving == 0)
+        assert (await stalled.until_closed()).code in (None, 1006, 1013)
 
 
 async def test_a_large_replay_to_a_slow_reader_is_no_fault() -> None:
     """Everything is slow here but the client never stops: what the log held before it joined does not count."""
-    limits = {**SMALL, "slow_grace_ms": 20, "send_timeout_ms": 2000, "max_buffered_bytes": 20_000}
+    limits = {**SMALL, "slow_grace_ms": 20, "send_timeout_ms": 10_000, "max_buffered_bytes": 20_000}
     async with gateway_of(flood, limits=limits) as gateway:
         async with joined(gateway, "s") as client:
             await client.message("10000 100")
@@ -175,7 +170,7 @@ async def test_a_large_replay_to_a_slow_reader_is_no_fault() -> None:
 
 
 async def test_what_comes_after_the_join_does_count() -> None:
-    limits = {**SMALL, "slow_grace_ms": 20, "send_timeout_ms": 20_000, "max_buffered_bytes": 20_000}
+    limits = {**SMALL, "slow_grace_ms": 20, "send_timeout_ms": 600_000, "max_buffered_bytes": 20_000}
     async with gateway_of(flood, limits=limits) as gateway:
         async with joined(gateway, "s", small=True) as client:
             await client.message("5000 100")
@@ -187,17 +182,14 @@ async def test_what_comes_after_the_join_does_count() -> None:
 async def test_a_socket_blocked_by_a_websocket_pong_is_watched_too() -> None:
     """The library's own replies can fill a socket: the watch has to know although no write of ours was refused."""
     limits = {**SMALL, "send_timeout_ms": 300, "heartbeat_ms": 60_000}
-    async with gateway_of(flood, limits=limits) as gateway, joined(gateway, "s") as client:
-        async with joined(gateway, "s", small=True) as stalled:
-            with trio.move_on_after(10):
-                while gateway.statistics().blocked_connections == 0 and not _blocked(gateway):
-                    await stalled.send_event(Ping(payload=b"x" * 120))
-                    await trio.lowlevel.checkpoint()
-            assert gateway.statistics().closes == {}
-            assert _blocked(gateway)
-            await client.message("1 1")
-            await client.had("presence", event="left")
-        assert gateway.statistics().closes == {"1013 slow_consumer": 1}
+    async with gateway_of(flood, limits=limits) as gateway, joined(gateway, "s", small=True) as stalled:
+        with trio.fail_after(20):
+            while not _blocked(gateway):
+                await stalled.send_event(Ping(payload=b"x" * 120))
+                await trio.lowlevel.checkpoint()
+        assert gateway.statistics().blocked_connections == 0
+        await stalled.send("ping")
+        await eventually(lambda: gateway.statistics().closes == {"1013 slow_consumer": 1})
 
 
 def _blocked(gateway: Gateway) -> bool:
@@ -340,3 +332,28 @@ async def test_half_a_request_holds_up_nobody() -> None:
         await other.ask("ping", "pong")
         await client.send_raw(b"\xff")
         await other.ask("ping", "pong")
+
+
+async def test_what_is_read_ahead_of_a_busy_handler_is_bounded() -> None:
+    async with gateway_of(flood) as gateway, joined(gateway) as client:
+        (connection,) = gateway.joined
+        ahead = 0
+
+        async def look() -> None:
+            nonlocal ahead
+            while True:
+                ahead = max(ahead, sum(map(len, connection._ws._inbox)))
+                await trio.lowlevel.checkpoint()
+
+        async def send() -> None:
+            await client.send_text("[" + ",".join(['{"type":"pong"}'] * 60_000) + "]")
+            for _ in range(30):
+                await client.send("pong", nonce="x" * 500_000)
+            await client.send("ping")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            nursery.start_soon(send)
+            await client.until("pong")
+            nursery.cancel_scope.cancel()
+        assert ahead < 3_000_000
