@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import click
 import trio
 
-from gateway.cli.terminal import STDIN, Screen, open_screen, read_lines
+from gateway.cli.terminal import STDIN, Screen, open_lines, open_screen
 from gateway.client import Session, open_session
 from gateway.errors import ClientError, ConfigError, RequestRefused, SessionClosed, SessionRefused
 from gateway.protocol.messages import (
@@ -189,11 +189,12 @@ class Chat:
 
     async def _read_input(self) -> None:
         self._prompt()
-        async for line in read_lines(STDIN):
-            self._screen.entered()
-            if not await self._handle(line):
-                return
-            self._prompt()
+        with open_lines(STDIN) as lines:
+            async for line in lines:
+                self._screen.entered()
+                if not await self._handle(line):
+                    return
+                self._prompt()
         if self._piped:
             await self._until(lambda: self._quiet or bool(self._open_asks))
             if self._open_asks:

@@ -12,7 +12,8 @@ import os
 import re
 import select
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, TextIO
 
@@ -29,30 +30,50 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _DIM, _PLAIN, _CLEAR = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 
 
-async def read_lines(fd: int) -> AsyncIterator[str]:
-    """Yield the lines of a terminal, pipe or file, without their newline, until its end."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    rest = ""
+@contextmanager
+def open_lines(fd: int) -> Iterator[Lines]:
+    """The lines of a terminal, pipe or file, for ``async for``; leaving the block lets go of it."""
     with _own_description(fd) as own:
-        pollable = _pollable(own)
-        while True:
-            if pollable:
-                await trio.lowlevel.wait_readable(own)
-            else:
-                await trio.lowlevel.checkpoint()
-            try:
-                data = os.read(own, READ_BYTES)
-            except BlockingIOError:
-                continue
-            except OSError:
-                data = b""  # Closed, or a terminal that went away: the end.
-            *lines, rest = (rest + decoder.decode(data, final=not data)).split("\n")
-            for line in lines:
-                yield line.removesuffix("\r")
-            if not data:
-                break
-    if rest:
-        yield rest
+        yield Lines(own, _pollable(own))
+
+
+class Lines:
+    """An iterator over lines, without their newline. Cancelling is safe: nothing that was read is lost."""
+
+    def __init__(self, fd: int, pollable: bool) -> None:
+        self._fd = fd
+        self._pollable = pollable
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._lines: deque[str] = deque()
+        self._rest = ""
+        self._ended = False
+
+    def __aiter__(self) -> Lines:
+        return self
+
+    async def __anext__(self) -> str:
+        await trio.lowlevel.checkpoint()
+        while not self._lines:
+            if self._ended:
+                raise StopAsyncIteration
+            if self._pollable:
+                await trio.lowlevel.wait_readable(self._fd)
+            self._read()
+        return self._lines.popleft()
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # Closed, or a terminal that went away: the end.
+        *lines, self._rest = (self._rest + self._decoder.decode(data, final=not data)).split("\n")
+        if not data:
+            self._ended = True
+            if self._rest:
+                lines.append(self._rest)
+        self._lines.extend(line.removesuffix("\r") for line in lines)
 
 
 @contextmanager

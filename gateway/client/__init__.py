@@ -13,5 +13,6 @@ Layout: `session` (the trio part: `open_session`, `Session`), `core` (what it de
 from gateway.client.seam import Connect, Socket
 from gateway.client.session import Session, open_session
 from gateway.client.states import Connection, Statistics
+from gateway.transport.dial import over
 
-__all__ = ["Connect", "Connection", "Session", "Socket", "Statistics", "open_session"]
+__all__ = ["Connect", "Connection", "Session", "Socket", "Statistics", "open_session", "over"]

@@ -96,7 +96,7 @@ async def open_session(
         token: a string, or an async function that returns one. The function is called before each connection; what
             it raises as `OSError` is tried again, anything else ends the session.
         client: name and version, told to the gateway.
-        connect: opens one connection; `dial` or something like it (an in-memory network, a proxy).
+        connect: opens one connection: `dial` or something like it; `over` makes one of streams (a network in memory).
         connect_timeout, handshake_timeout: seconds, for the WebSocket and then for the gateway's `hello_ok`.
         max_message_bytes: the largest message taken; the default is the most a gateway can be configured to send.
         buffer_events, buffer_bytes: what waits for you to take it. When it is full, reading stops; a gateway that then

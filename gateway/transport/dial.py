@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import socket as _socket
 import ssl
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import trio
@@ -134,6 +135,21 @@ async def dial(
     finally:
         if stream is not None:
             await trio.aclose_forcefully(stream)
+
+
+def over(
+    open_stream: Callable[[], trio.abc.HalfCloseableStream],
+) -> Callable[..., AbstractAsyncContextManager[ClientSocket]]:
+    """A `dial` that runs over streams of yours: ``open_session(..., connect=over(gateway.connect))`` uses no port.
+
+    Args:
+        open_stream: called once per connection; may raise `ConnectionLost`.
+    """
+
+    def connect(url: str, **options: Any) -> AbstractAsyncContextManager[ClientSocket]:
+        return dial(url, stream=open_stream(), **options)
+
+    return connect
 
 
 class ClientSocket:

@@ -6,17 +6,16 @@ import io
 import os
 import pty
 import threading
-from contextlib import aclosing
 
 import pytest
 import trio
 import trio.testing
 
-from gateway.cli.terminal import Screen, read_lines
+from gateway.cli.terminal import Screen, open_lines
 
 
 async def lines_of(fd: int) -> list[str]:
-    async with aclosing(read_lines(fd)) as lines:  # type: ignore[type-var]
+    with open_lines(fd) as lines:
         return [line async for line in lines]
 
 
@@ -80,15 +79,16 @@ async def test_a_terminal_that_has_nothing_after_all_does_not_block_the_process(
     timer = threading.Timer(1.0, lambda: os.write(master, b"late\n"))
     timer.start()
     started = trio.current_time()
-    async with trio.open_nursery() as nursery, aclosing(read_lines(slave)) as lines:  # type: ignore[type-var]
-        others = []
+    others: list[float] = []
+    async with trio.open_nursery() as nursery:
 
         @nursery.start_soon
         async def other() -> None:
             await trio.sleep(0.05)
             others.append(trio.current_time() - started)
 
-        assert await anext(lines) == "late"
+        with open_lines(slave) as lines:
+            assert await anext(lines) == "late"
     assert others[0] < 0.9
     timer.join()
     os.close(slave)

@@ -12,7 +12,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_st
 
 from gateway.client import Session, open_session
 from gateway.transport.dial import ClientSocket, dial
-from gateway.transport.memory import memory_pair
+from gateway.transport.memory import MemoryByteStream, memory_pair
 
 URL = "ws://gateway/ws"
 
@@ -64,7 +64,7 @@ def error(code: str, **fields: Any) -> dict[str, Any]:
 class Line:
     """The gateway's end of one connection. `said` is all that the client sent on it."""
 
-    def __init__(self, ws: WebSocketConnection, stream: trio.abc.Stream) -> None:
+    def __init__(self, ws: WebSocketConnection, stream: MemoryByteStream) -> None:
         self._ws = ws
         self._stream = stream
         self.said: list[dict[str, Any]] = []
@@ -86,6 +86,11 @@ class Line:
 
     async def close(self, code: int, reason: str = "") -> None:
         await self._ws.aclose(code, reason)
+
+    def stall(self) -> None:
+        """From now on nothing gets through, in either direction."""
+        self._stream.incoming.stall()
+        self._stream.outgoing.stall()
 
     async def cut(self) -> None:
         await trio.aclose_forcefully(self._stream)
@@ -122,7 +127,7 @@ class ScriptedGateway:
         async with dial(url, stream=near, **options) as socket:
             yield socket
 
-    async def _serve(self, stream: trio.abc.Stream, script: Script) -> None:
+    async def _serve(self, stream: MemoryByteStream, script: Script) -> None:
         async with trio.open_nursery() as nursery:
             request = await wrap_server_stream(nursery, stream)
             line = Line(await request.accept(), stream)

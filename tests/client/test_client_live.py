@@ -13,11 +13,10 @@ import trio.testing
 from cutting_proxy import open_proxy
 
 from gateway import Config, Limits, Server, Turn, open_gateway, open_session
-from gateway.client import Session
+from gateway.client import Session, over
 from gateway.errors import RequestRefused, SessionRefused
 from gateway.protocol.cursor import Backoff
 from gateway.protocol.messages import Ask, Delta, Event, Input, Output, Snapshot, TurnEnded, TurnStarted
-from gateway.transport.dial import dial
 
 
 def config(**limits: int) -> Config:
@@ -50,10 +49,11 @@ async def in_memory(gateway: Any, agent_id: str, **options: Any) -> Any:
     """A session without a port. `lines` collects the client's streams, to cut them."""
     lines: list[Any] = options.pop("lines", [])
 
-    def connect(url: str, **kwargs: Any) -> Any:
+    def open_stream() -> Any:
         lines.append(gateway.connect())
-        return dial(url, stream=lines[-1], **kwargs)
+        return lines[-1]
 
+    connect = over(open_stream)
     async with open_session("ws://gateway/ws", agent_id, connect=connect, backoff=quick(), **options) as session:
         yield session
 

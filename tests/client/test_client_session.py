@@ -351,7 +351,8 @@ async def test_heartbeats(autojump_clock: Clock) -> None:
         assert trio.current_time() - started == pytest.approx(5, abs=0.1)
         await line.say({"type": "ping", "nonce": 7})
         assert await line.hear("pong") == {"type": "pong", "nonce": 7}
-        await line.linger()
+        line.stall()
+        await trio.sleep(1000)
 
     async with scripted(script, joins()) as (session, gateway):
         await trio.sleep(5.5)
