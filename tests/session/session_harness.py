@@ -342,7 +342,7 @@ class Script:
         try:
             while True:
                 result = await (await commands.receive())(turn)
-                if isinstance(result, _Returned):
+                if isinstance(result, Returned):
                     return result.text
         except trio.Cancelled:
             self.log.append("cancelled")
@@ -365,8 +365,8 @@ class Script:
         await self.do(lambda turn: turn.send(text, channel))
 
     async def finish(self, text: str | None = None) -> None:
-        async def finish(_: Turn) -> _Returned:
-            return _Returned(text)
+        async def finish(_: Turn) -> Returned:
+            return Returned(text)
 
         await self.do(finish)
 
@@ -377,7 +377,9 @@ class Script:
         await self.do(fail)
 
 
-class _Returned:
+class Returned:
+    """What a step returns to make its turn return."""
+
     def __init__(self, text: str | None) -> None:
         self.text = text
 
