@@ -105,6 +105,7 @@ class Connection:
         self.member = Member(connection_id="", subject="", joined_at=0)
         self.heard_at = self.sent_at = trio.current_time()
         ws.on_unblocked = self.wake
+        ws.on_late = self._handle_late
 
     # life
 
@@ -160,7 +161,6 @@ class Connection:
         """End the connection: no frame is taken or delivered from now on. Never waits."""
         self._state, do = step(self._state, On.CLOSE)
         if do is Do.CLOSE:
-            self._gateway.count_close(code, reason)
             self._ws.close_nowait(code, reason)
 
     def _end_with(self, frame: ServerFrame, code: int, reason: str) -> None:
@@ -179,7 +179,7 @@ class Connection:
     async def _join(self) -> None:
         """Take the first frame and attach to a session."""
         ws, limits = self._ws, self._limits
-        with trio.move_on_after(limits.handshake_timeout_ms / 1000):
+        with trio.move_on_at(ws.connected_at + limits.handshake_timeout_ms / 1000):
             (first,) = await ws.get_many()
             self.heard_at = trio.current_time()
             hello = handshake.read_hello(first)
@@ -278,8 +278,9 @@ class Connection:
         self._large = 6 * len(raw) > self._limits.max_frame_bytes - EVENT_OVERHEAD
         for number, frame in enumerate(codec.iter_client(raw), 1):
             if self._state is not State.JOINED:
-                return
-            if isinstance(frame, FrameError):
+                if not self._abort_late(frame):
+                    return
+            elif isinstance(frame, FrameError):
                 self._protocol_error(frame.code, frame.message, frame.request_id)
             else:
                 self._state, do = step(self._state, On.HELLO if type(frame) is Hello else On.FRAME)
@@ -289,6 +290,20 @@ class Connection:
                     _HANDLERS[type(frame)](self, frame)
             if number % YIELD_EVERY == 0:
                 await trio.lowlevel.checkpoint()
+
+    def _handle_late(self, raw: bytes) -> None:
+        for frame in codec.iter_client(raw):
+            if not self._abort_late(frame):
+                return
+
+    def _abort_late(self, frame: ClientFrame | FrameError) -> bool:
+        """A client that is closed because it does not read may still abort: reading never stops for its unread replies
+        (PROTOCOL section 5). False if nothing more may be taken from it."""
+        if self._session is None or not self._ws.closed_by_us or self._ws.close_code != 1013:
+            return False
+        if type(frame) is Abort:
+            self._abort(frame)
+        return True
 
     def _protocol_error(self, code: str, message: str, request_id: str | None = None) -> None:
         self._protocol_errors += 1
