@@ -8,7 +8,9 @@ import typing
 from pathlib import Path
 
 import attrs
+import click
 
+from gateway.cli import main as cli
 from gateway.config import Config, Limits, Log, Server, Store
 from gateway.protocol import messages as m
 
@@ -102,6 +104,8 @@ def configuration() -> str:
         "|---|---|---|---|",
     ]
     for field in attrs.fields(Limits):
+        if "low" not in field.metadata:
+            continue
         low, high = field.metadata["low"], field.metadata["high"]
         out.append(f"| `{field.name}` | {field.default:,} | {low:,} – {high:,} | {field.metadata['why']} |")
     for title, cls in (("[server]", Server), ("[store]", Store), ("[log]", Log)):
@@ -114,12 +118,33 @@ def configuration() -> str:
     out += [
         "\n## `[agents.NAME]`\n",
         "`run` is `MODULE:ATTR`, or one of the built-in kinds `demo`, `openai`, `process`. `max_detached_ms` overrides the",
-        "limit of that name. Every other key is an option of the kind.",
+        "limit of that name. `on_lost` is `end` (a turn that a crash cut off ends as `lost`) or `retry` (its inputs run again, at",
+        "most three times in all). Every other key is an option of the kind.",
     ]
     return "\n".join(out) + "\n"
 
 
-PAGES = {"protocol.md": protocol, "configuration.md": configuration}
+def command_line() -> str:
+    out = [
+        "# Command line\n",
+        "The help of each command, as the command prints it. Exit codes: 0 after a drain or a conversation that was left, 2",
+        "when something that was given is wrong, with one line on standard error that says what to do.",
+    ]
+
+    def add(command: click.Command, name: str, parent: click.Context | None = None) -> None:
+        context = click.Context(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
+        out.append(f"\n## `{context.command_path}`\n\n```text\n{command.get_help(context)}\n```")
+        if isinstance(command, click.Group):
+            for child in command.list_commands(context):
+                inner = command.get_command(context, child)
+                assert inner is not None
+                add(inner, child, context)
+
+    add(cli, "trio-gateway")
+    return "\n".join(out) + "\n"
+
+
+PAGES = {"protocol.md": protocol, "configuration.md": configuration, "command-line.md": command_line}
 
 
 def main() -> int:
