@@ -104,7 +104,7 @@ class Connection:
         self.told_no_credit = False
         self.member = Member(connection_id="", subject="", joined_at=0)
         self.heard_at = self.sent_at = trio.current_time()
-        ws.on_unblocked = self.wake
+        ws.on_unblocked = self._unblocked
         ws.on_late = self._handle_late
 
     # life
@@ -121,7 +121,8 @@ class Connection:
                 for raw in batch:
                     await self._handle(raw)
         except ConnectionLost:
-            pass
+            if ws.phase is Phase.OPEN:  # the peer ended it, and still gets the replies to what it sent before
+                self._write_control()
         except HandshakeRefused as refused:
             self._end_with(handshake.hello_error(refused), refused.close_code, refused.close_reason)
         except Exception as exc:
@@ -420,6 +421,10 @@ class Connection:
     def wake(self) -> None:
         """Have the flusher come by."""
         self._gateway.flusher.mark(self)
+
+    def _unblocked(self) -> None:
+        self._gateway.blocked.discard(self)
+        self.wake()
 
     def push(self, frame: ServerFrame) -> None:
         """Send a frame without a number (see `session.Reader.push`)."""

@@ -19,8 +19,10 @@ What the library would do wrong is kept from it: heads that are not ASCII, malfo
 without a close frame; we send 1002 or 1007), messages beyond the limit, pings after our close (it would raise), and the
 closing handshake: either side may begin it at any point of the other's, and one close frame, with our code, goes out.
 
-Phases: HANDSHAKE → OPEN → CLOSING (our close was asked for, or the peer's was seen) → CLOSED. Ready-made frames are
-taken only while OPEN; from CLOSING on, text is discarded, or the peer's close reply would never be reached.
+Phases: HANDSHAKE → OPEN → CLOSING (our close was asked for, or the peer's is being answered) → CLOSED. Ready-made
+frames are taken only while OPEN; from CLOSING on, text is discarded, or the peer's close reply would never be reached.
+What the peer sent before it closed, or broke a rule, is still handled and answered; the close frame goes out when the
+handler has left the block.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ MAX_HEAD = 16 * 1024
 """Bytes of an upgrade request: what common HTTP servers take (8 to 16 KiB) at its upper end."""
 
 _HOST = re.compile(rb"\r\nhost:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
+
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 READ_BYTES = 64 * 1024
 INBOX_MESSAGES = 1024
@@ -143,8 +147,8 @@ class _Wire(trio.abc.HalfCloseableStream):
         head = bytes(buffer[: end + 4])
         if len(head) > MAX_HEAD:
             raise HandshakeFailed(f"the request's head is longer than {MAX_HEAD} bytes")
-        if not head.isascii():
-            raise HandshakeFailed("the request's head must be ASCII")
+        if not head.isascii() or _CONTROL.search(head):
+            raise HandshakeFailed("the request's head must be printable ASCII")
         if not head.startswith(b"GET "):
             raise HandshakeFailed("expected a GET request with Upgrade: websocket")
         if head.count(b"\n") != head.count(b"\r\n"):
@@ -181,7 +185,7 @@ class _Wire(trio.abc.HalfCloseableStream):
                     payload = unmask(buffer[head.start : head.end], buffer[head.start - 4 : head.start])
                     ws._peer_closes(*check_close(payload))
                     return b""
-                elif ws.phase is not Phase.OPEN:
+                elif ws.phase is not Phase.OPEN or ws._over:
                     continue  # the library would raise on a ping after our close
                 return bytes(buffer[frame_at:at])
         except FrameViolation as exc:
@@ -195,7 +199,7 @@ class _Wire(trio.abc.HalfCloseableStream):
     def _fail(self, code: int, reason: str) -> None:
         """Where the next frame starts is not known any more, so the peer's close reply could not be told from noise."""
         self._garbage = True
-        self._ws.close_nowait(code, reason)
+        self._ws._refuse(code, reason)
         self._ws._end_reading()
 
     def _count_fragment(self, head: Head) -> None:
@@ -210,15 +214,15 @@ class _Wire(trio.abc.HalfCloseableStream):
     def _wanted(self, head: Head) -> bool:
         """The rules for a data frame, checked at its header: no byte beyond the limit is waited for."""
         ws = self._ws
-        if ws.phase is not Phase.OPEN:
+        if ws.phase is not Phase.OPEN or ws._over:
             return ws._takes_late and head.opcode == TEXT and head.final and head.end - head.start <= READ_BYTES
         if self._in_fragments != (head.opcode == CONTINUATION):
             raise FrameViolation(1002, "a continuation must follow its own message")
         if head.opcode == BINARY:
-            ws.close_nowait(1003, "binary not supported")
+            ws._refuse(1003, "binary not supported")
             return False
         if self._fragments + head.end - head.start > ws.max_message_bytes:
-            ws.close_nowait(1009, "payload_too_large")
+            ws._refuse(1009, "payload_too_large")
             return False
         return True
 
@@ -284,6 +288,7 @@ class ServerWebSocket:
         self._by_us = False
         self._close_sent = False
         self._peer_closed = False
+        self._over = False  # no message follows those in the inbox
         self._takes_late = False
         self.max_message_bytes = max_message_bytes
         self.phase = Phase.HANDSHAKE
@@ -381,10 +386,10 @@ class ServerWebSocket:
                 the peer's close are returned first.
         """
         while not self._inbox:
-            if self.phase is not Phase.OPEN:
+            if self.phase is not Phase.OPEN or self._over:
                 raise ConnectionLost(self.close_code or 1006, self.close_reason)
             await self._arrived.park()
-        if self._by_us:
+        if self._by_us and self.phase is Phase.CLOSING:
             raise ConnectionLost(self.close_code or 1006, self.close_reason)
         batch, self._inbox, self._inbox_bytes = self._inbox, [], 0
         self._taken.unpark_all()
@@ -417,14 +422,14 @@ class ServerWebSocket:
 
     async def _collect_message(self) -> None:
         """Take the message that the library has put together of fragments."""
-        if self.phase is not Phase.OPEN:
+        if self.phase is not Phase.OPEN or self._over:
             return
         assert self._library is not None
         try:
             message = await self._library.get_message()
         except trio_websocket.ConnectionClosed:
             # Fragments that are not UTF-8: the library has failed the connection on its own.
-            self.close_nowait(1007, "text must be UTF-8")
+            self._refuse(1007, "text must be UTF-8")
             return
         self._put(message.encode() if isinstance(message, str) else message)
 
@@ -514,12 +519,18 @@ class ServerWebSocket:
             self._close_sent = True
             self._enqueue(_close_frame(code, reason))
 
+    def _refuse(self, code: int, reason: str) -> None:
+        """The peer broke a rule: the connection ends with this code, behind what came before."""
+        if self.phase is Phase.OPEN and not self._over:
+            self._over = self._by_us = True
+            self.close_code, self.close_reason = code, reason
+            self._wake()
+
     def _peer_closes(self, code: int, reason: str) -> None:
         self._peer_closed = True
-        if self.phase is Phase.OPEN:
-            self.phase = Phase.CLOSING
+        if self.phase is Phase.OPEN and not self._over:
+            self._over = True
             self.close_code, self.close_reason = code, reason
-            self._send_close(code, reason)
         self._end_reading()
 
     def _end_reading(self) -> None:
@@ -543,7 +554,7 @@ class ServerWebSocket:
             self._handshake_scope.cancel()
         elif self.phase is Phase.OPEN:
             # Fragments that are not UTF-8: it gave up without a close frame, which `_finish` will send.
-            self.close_nowait(1007, "text must be UTF-8")
+            self._refuse(1007, "text must be UTF-8")
         self._end_reading()
 
     def _wake(self) -> None:
@@ -556,7 +567,9 @@ class ServerWebSocket:
     async def _finish(self, timeout: float) -> None:
         """Send our close if it is our turn, wait for the peer's, and see the bytes out; at most `timeout` seconds."""
         with trio.move_on_after(timeout):
-            if self.phase is Phase.OPEN:
+            if self.phase is Phase.OPEN and self._over:
+                self.phase = Phase.CLOSING
+            elif self.phase is Phase.OPEN:
                 self.close_nowait(1000, "")
             if self._library is not None and self.phase is not Phase.CLOSED:
                 self._send_close(self.close_code or 1000, self.close_reason)
