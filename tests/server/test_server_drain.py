@@ -133,6 +133,19 @@ async def test_sockets_that_never_said_hello_do_not_delay_a_drain() -> None:
                     assert (closed.code, closed.reason) == (1012, "restart")
 
 
+async def test_sockets_that_never_said_hello_are_closed_while_turns_run() -> None:
+    agent = Held()
+    async with gateway_of(agent, server={"drain_timeout_ms": 20_000}) as gateway, dialled(gateway) as upgraded:
+        await eventually(lambda: len(gateway.connections) == 1)
+        async with joined(gateway) as running:
+            await running.message()
+            gateway.drain_nowait()
+            assert (await upgraded.until_closed()).code == 1012
+            assert gateway.statistics().turns == 1
+            agent.go.set()
+            assert (await running.until_closed()).code == 1012
+
+
 async def test_who_is_just_joining_is_told_to_come_back() -> None:
     gate = trio.Event()
 

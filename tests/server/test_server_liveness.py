@@ -42,8 +42,8 @@ async def test_a_late_hello_is_a_sign_of_life_too() -> None:
         await trio.sleep(0.3)
         await client.send_text(json.dumps(hello()))
         await client.until("hello_ok")
-        await client.ask("ping", "pong")
         await client.until("ping")
+        await client.ask("ping", "pong")
 
 
 async def test_websocket_pings_and_pongs_are_no_sign_of_life() -> None:

@@ -326,6 +326,32 @@ async def test_a_laggard_gets_merged_deltas_and_skips_what_is_superseded() -> No
             ]
 
 
+async def test_a_laggard_that_the_log_has_left_behind_gets_a_snapshot() -> None:
+    """Nobody evicts for it, and nobody waits for it: it is resynced on the connection it has."""
+
+    async def agent(turn: Turn) -> str:
+        return "x" * 50_000 + turn.input.content
+
+    limits = {**SMALL, "slow_grace_ms": 60_000, "send_timeout_ms": 60_000, "replay_max_events": 8}
+    async with gateway_of(agent, limits=limits) as gateway, joined(gateway, "s") as one:
+        async with joined(gateway, "s", small=True) as laggard:
+            for n in range(20):
+                await one.message(str(n))
+                while len(one.taken("turn_ended")) <= n:
+                    await one.recv()
+            assert blocked(gateway, laggard)
+            reader = Reader()
+            reader.take(laggard.hello)
+            last = one.taken("turn_ended")[-1]["seq"]
+            await follow(laggard, reader, lambda frame: reader.cursor == last)
+            (snapshot,) = laggard.taken("snapshot")
+            assert snapshot["reason"] == "cursor_expired"
+            assert snapshot["transcript_truncated"] is True
+            await one.message("live")
+            end = await follow(laggard, reader, ended)
+            assert reader.text(end["turn_id"]).endswith("live")
+
+
 async def test_half_a_request_holds_up_nobody() -> None:
     async with gateway_of(flood) as gateway, dialled(gateway) as client, joined(gateway) as other:
         await client.send_raw(b"\x81\xfe\xff")
