@@ -104,8 +104,6 @@ def configuration() -> str:
         "|---|---|---|---|",
     ]
     for field in attrs.fields(Limits):
-        if "low" not in field.metadata:
-            continue
         low, high = field.metadata["low"], field.metadata["high"]
         out.append(f"| `{field.name}` | {field.default:,} | {low:,} – {high:,} | {field.metadata['why']} |")
     for title, cls in (("[server]", Server), ("[store]", Store), ("[log]", Log)):
@@ -117,9 +115,9 @@ def configuration() -> str:
     assert attrs.fields(Config)
     out += [
         "\n## `[agents.NAME]`\n",
-        "`run` is `MODULE:ATTR`, or one of the built-in kinds `demo`, `openai`, `process`. `max_detached_ms` overrides the",
-        "limit of that name. `on_lost` is `end` (a turn that a crash cut off ends as `lost`) or `retry` (its inputs run again, at",
-        "most three times in all). Every other key is an option of the kind.",
+        "`run` is `MODULE:ATTR`, or one of the built-in kinds `demo`, `openai`, `process`. `max_detached_ms` overrides",
+        "the limit of that name. `on_lost` is `end` (a turn that a crash cut off ends as `lost`) or `retry` (its inputs",
+        "run again, at most three times in all). Every other key is an option of the kind.",
     ]
     return "\n".join(out) + "\n"
 
@@ -127,8 +125,8 @@ def configuration() -> str:
 def command_line() -> str:
     out = [
         "# Command line\n",
-        "The help of each command, as the command prints it. Exit codes: 0 after a drain or a conversation that was left, 2",
-        "when something that was given is wrong, with one line on standard error that says what to do.",
+        "The help of each command, as the command prints it. Exit codes: 0 after a drain or a conversation that was",
+        "left, 2 when something that was given is wrong, with one line on standard error that says what to do.",
     ]
 
     def add(command: click.Command, name: str, parent: click.Context | None = None) -> None:
