@@ -84,11 +84,11 @@ def protocol() -> str:
             out.append(f"### `{tag}`{' · ' + ', '.join(notes) if notes else ''}\n")
             out.append(paragraph(cls) + fields_of(cls))
     out.append("## Parts of messages\n")
-    for cls in (
+    parts = (
         m.ClientInfo, m.ServerInfo, m.Policy, m.Features, m.Member, m.Health, m.LastDisconnect, m.RunningTurn,
         m.QueuedRef, m.ErrorInfo,
-    ):  # fmt: skip
-        out.append(f"### {cls.__name__}\n\n{paragraph(cls)}{fields_of(cls)}")
+    )  # fmt: skip
+    out += [f"### {cls.__name__}\n\n{paragraph(cls)}{fields_of(cls)}" for cls in parts]
     return "\n".join(out)
 
 
@@ -116,8 +116,8 @@ def configuration() -> str:
     out += [
         "\n## `[agents.NAME]`\n",
         "`run` is `MODULE:ATTR`, or one of the built-in kinds `demo`, `openai`, `process`. `max_detached_ms` overrides",
-        "the limit of that name. `on_lost` is `end` (a turn that a crash cut off ends as `lost`) or `retry` (its inputs",
-        "run again, at most three times in all). Every other key is an option of the kind.",
+        "the limit of that name. `on_lost` is `end` (a turn that a crash cut off ends as `lost`) or `retry` (its",
+        "inputs run again, at most three times in all). Every other key is an option of the kind.",
     ]
     return "\n".join(out) + "\n"
 
