@@ -139,6 +139,8 @@ async def serve_stream(gateway: Gateway, stream: ByteStream) -> None:
     except Exception as exc:
         gateway.crashed_connections += 1
         _log.error("connection_failed", peer=peer, exc_info=exc)
+    finally:
+        await stream.aclose()
 
 
 async def _refuse(admission: Admission, stream: ByteStream) -> None:
@@ -150,7 +152,6 @@ async def _refuse(admission: Admission, stream: ByteStream) -> None:
             await end_gently(stream, LINGER)
     finally:
         admission.lingering -= 1
-        await stream.aclose()
 
 
 async def _serve(gateway: Gateway, stream: ByteStream, leave: Callable[[], None]) -> None:
