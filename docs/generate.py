@@ -130,7 +130,8 @@ def command_line() -> str:
     ]
 
     def add(command: click.Command, name: str, parent: click.Context | None = None) -> None:
-        context = click.Context(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
+        settings = {**command.context_settings, "max_content_width": 100, "terminal_width": 100}
+        context = click.Context(command, info_name=name, parent=parent, **settings)
         out.append(f"\n## `{context.command_path}`\n\n```text\n{command.get_help(context)}\n```")
         if isinstance(command, click.Group):
             for child in command.list_commands(context):
