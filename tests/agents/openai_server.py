@@ -104,7 +104,7 @@ class OpenAIServer:
 
                 async def watch() -> None:
                     # The client says nothing more, so whatever comes is its end.
-                    with suppress(trio.BrokenResourceError):
+                    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                         await stream.receive_some()
                     self.disconnected.set()
                     nursery.cancel_scope.cancel()
