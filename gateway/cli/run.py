@@ -16,9 +16,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
-import attrs
 import click
-import platformdirs
 import structlog
 import trio
 
@@ -56,7 +54,7 @@ FLAGS = {
     "--host": ("server.host", "HOST", f"Where to listen [default: {_DEFAULT.server.host}]."),
     "--port": ("server.port", "PORT", f"For WebSocket; 0 takes a free one [default: {_DEFAULT.server.port}]."),
     "--http-port": ("server.http_port", "PORT", f"For health checks, likewise [default: {_DEFAULT.server.http_port}]."),
-    "--store": ("store.url", "STORE", "memory, or sqlite:PATH [default: a file in the platform's state directory]."),
+    "--store": ("store.url", "STORE", f"memory, or sqlite:PATH [default: {_DEFAULT.store.url}]."),
     "--log-level": ("log.level", "LEVEL", f"debug, info, warning or error [default: {_DEFAULT.log.level}]."),
     "--log-format": ("log.format", "FORMAT", f"console or json [default: {_DEFAULT.log.format}]."),
 }
@@ -104,23 +102,11 @@ def run(
             flags.append(Flag(name="--no-http", path="server.http", value=not no_http))
         loaded = load(file, flags=flags)
         config = loaded.config
-        if "store.url" not in loaded.sources:
-            config = attrs.evolve(config, store=attrs.evolve(config.store, url=_default_store()))
         set_up_logs(config.log)
         served = _load_agents(agents, config)
         serve_http = _find_http(loaded)
         _prepare_process(config)
         trio.run(_serve, config, served, serve_http)
-
-
-def _default_store() -> str:
-    """A file in the platform's directory for state, which is created: sessions survive a restart without being told."""
-    folder = platformdirs.user_state_path("trio-gateway")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as exc:
-        raise ConfigError("store.url", f"cannot create {folder}: {exc.strerror}; choose a place with --store") from None
-    return f"sqlite:{folder / 'sessions.db'}"
 
 
 def _milliseconds(text: str) -> int:
@@ -241,6 +227,7 @@ def _announce(config: Config, agents: list[str], gateway: Gateway, http: tuple[s
         click.echo("\n".join(lines))
     except BrokenPipeError:
         # Nobody reads it. Later writes, and the flush at the end, must not fail for that.
+        _log.debug("stdout_closed")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
