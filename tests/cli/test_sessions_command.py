@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ async def test_what_an_operator_sees(tmp_path: Path) -> None:
         assert 'state      {"seen": "hello"}' in shown
         lines = [json.loads(line) for line in sessions("export", "one", path=path).output.splitlines()]
         assert [line["type"] for line in lines] == ["input", "turn_started", "state", "output", "turn_ended"]
-        assert all(after["first"] == before["seq"] + 1 for before, after in zip(lines, lines[1:], strict=False))
+        assert all(after["first"] == before["seq"] + 1 for before, after in pairwise(lines))
         assert "You said: hello" in sessions("export", "one", "--format", "markdown", path=path).output
         refused = await trio.to_thread.run_sync(lambda: sessions("purge", "one", path=path))
         assert refused.exit_code == 2
