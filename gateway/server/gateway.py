@@ -145,7 +145,7 @@ class Gateway:
         )
 
     def connect(self) -> MemoryByteStream:
-        """A client's end of a connection in memory, for ``open_session(..., stream=...)``. No port is involved.
+        """A client's end of a connection in memory: ``open_session(url, agent, connect=over(gateway.connect))``.
 
         Raises:
             ConnectionLost: the gateway has drained.
