@@ -34,8 +34,8 @@ from gateway.server import Gateway, open_gateway
 from gateway.session import Registered
 
 CLEAN_UP_SECONDS = 10.0
-"""From the end of the drain to the end of the process. A drain is bounded; what comes after it (an agent's thread that
-does not return, a peer that does not read its HTTP response) must not keep the process either."""
+"""From the end of the drain to the end of the process. A drain is bounded; what comes after it, such as an agent's
+thread that does not return, must not keep the process either."""
 
 FILES_BESIDE_CONNECTIONS = 256
 """Listening sockets, the store's files, agents' pipes and their connections to models."""

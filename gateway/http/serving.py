@@ -1,37 +1,41 @@
-"""The routes on a socket: hypercorn on trio.
+"""The routes on a socket: hypercorn on trio, one connection at a time.
 
-hypercorn's server is one nursery for all connections, so what one request makes it raise ends it as a whole (seen: an
-``Upgrade: h2c`` with settings that are no base64). Therefore the listening socket is ours, hypercorn serves a duplicate
-of it, and when hypercorn fails it is started again on the next one: who connects in between waits in the kernel.
-The road not taken is hypercorn's `TCPServer` per connection: better contained, but not public.
+`hypercorn.trio.serve` is one nursery for all connections, so what one peer makes it raise ends it as a whole (seen: an
+``Upgrade: h2c`` with settings that are no base64); it shields its sends, so that a peer that does not read keeps it
+from ending; and there are connections it never lets go (the same upgrade, and then the end of the stream). So the
+accepting is done here: each connection is a hypercorn `TCPServer` of its own behind a crash barrier, over a stream on
+which nothing takes longer than `SILENT_SECONDS`, and there are at most `MAX_CONNECTIONS`. That class is not documented,
+which is why ``pyproject.toml`` bounds hypercorn's version from above.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
-from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, cast
 
-import hypercorn.trio
 import structlog
 import trio
 from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import AppWrapper, ConnectionState
+from hypercorn.utils import wrap_app
 
 from gateway.errors import BindError
 from gateway.http.app import State, make_app
 
-SILENT_SECONDS = 5
-"""For a request to arrive and for a response to be taken, then the connection is dropped: probes take milliseconds.
-A peer that does not read can delay the end of the process by as much."""
+SILENT_SECONDS = 5.0
+"""For a request to arrive, for a response to be taken, and for a connection to end after its peer has: probes take
+milliseconds."""
 
 GRACE_SECONDS = 1.0
 """For requests that are being answered when the server stops."""
 
-RESTART_PAUSE = 0.2
-"""Seconds before hypercorn is started again after it failed, so that a bad peer cannot make the process spin."""
+MAX_CONNECTIONS = 128
+"""Supervisors, load balancers and a few people; the process's files are for those who talk to agents."""
 
 _log = structlog.get_logger(__name__)
 
@@ -49,24 +53,119 @@ async def serve_http(
     Args:
         state: what the routes ask.
         port: 0 takes a free one.
-        shutdown: set it to stop; requests that are being answered get a second.
+        shutdown: set it to stop; requests that are being answered get `GRACE_SECONDS`.
 
     Cancelling is safe and stops at once.
 
     Raises:
         BindError: before it has started; the address cannot be listened on.
     """
-    app = make_app(state)
-    with await _listen(host, port) as sock:
-        task_status.started(sock.getsockname()[:2])
-        while not shutdown.is_set():
-            try:
-                await _serve_duplicate(app, sock, shutdown.wait)
-            except* Exception as group:
-                _log.warning("http_restarted", reason=_innermost(group))
-                _log.debug("http_failed", exc_info=group)
-            with trio.move_on_after(RESTART_PAUSE):
+    listener = await _listen(host, port)
+    connections = _Connections(state)
+    async with listener, trio.open_nursery() as handlers:
+        try:
+            async with trio.open_nursery() as accepting:
+                # Handlers belong to the outer nursery: they outlive the accepting, and end below.
+                accepting.start_soon(
+                    partial(trio.serve_listeners, connections.serve, [listener], handler_nursery=handlers)
+                )
+                task_status.started(listener.socket.getsockname()[:2])
                 await shutdown.wait()
+                accepting.cancel_scope.cancel()
+            await connections.finish()
+        finally:
+            connections.drop_all()
+        handlers.cancel_scope.cancel()
+
+
+class _Connections:
+    """The connections of one server."""
+
+    def __init__(self, state: State) -> None:
+        self._app: AppWrapper = wrap_app(cast("Any", make_app(state)), 0, "asgi")
+        self._config = _make_config()
+        self._context = WorkerContext(None)
+        self._open: set[_Stream] = set()
+        self._changed = trio.lowlevel.ParkingLot()
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Serve one connection to its end. Nothing a peer does raises out of here."""
+        bounded = _Stream(stream)
+        if len(self._open) >= MAX_CONNECTIONS:
+            bounded.drop()
+            return
+        self._open.add(bounded)
+        try:
+            with bounded.scope:
+                await TCPServer(
+                    self._app, self._config, self._context, ConnectionState(cast("Any", {})), cast("Any", bounded)
+                ).run()
+        except* Exception as group:
+            _log.warning("http_connection_failed", reason=_innermost(group))
+            _log.debug("http_connection_failed_at", exc_info=group)
+        finally:
+            bounded.drop()
+            self._open.discard(bounded)
+            self._changed.unpark_all()
+
+    async def finish(self) -> None:
+        """Let go of idle connections, and wait for the others within `GRACE_SECONDS`."""
+        await self._context.terminated.set()
+        with trio.move_on_after(GRACE_SECONDS):
+            while self._open:
+                await self._changed.park()
+
+    def drop_all(self) -> None:
+        for stream in self._open:
+            stream.drop()
+
+
+class _Stream:
+    """What hypercorn needs of a stream, with an end to every wait.
+
+    `scope` is around the connection's tasks. Its deadline is set when the peer is done or silent: what hypercorn still
+    waits for then does not come.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self.socket = stream.socket
+        self.scope = trio.CancelScope()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        data: bytes | bytearray = b""
+        with trio.move_on_after(SILENT_SECONDS):
+            data = await self._stream.receive_some(max_bytes)
+        if not data:
+            self.scope.deadline = min(self.scope.deadline, trio.current_time() + SILENT_SECONDS)
+        return bytes(data)
+
+    async def send_all(self, data: bytes) -> None:
+        # hypercorn calls it under a shield: this deadline, or `drop`, is what ends it.
+        with trio.move_on_after(SILENT_SECONDS) as scope:
+            await self._stream.send_all(data)
+        if scope.cancelled_caught:
+            self.drop()
+            raise trio.BrokenResourceError("the peer does not read")
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def drop(self) -> None:
+        """Close the socket now; whoever waits on it gets `trio.ClosedResourceError`."""
+        self.socket.close()
+
+
+def _make_config() -> Config:
+    config = Config()
+    config.accesslog = None
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.include_server_header = False
+    config.keep_alive_timeout = SILENT_SECONDS
+    return config
 
 
 def _innermost(exc: BaseException) -> str:
@@ -75,20 +174,16 @@ def _innermost(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {exc}"
 
 
-async def _listen(host: str, port: int) -> socket.socket:
+async def _listen(host: str, port: int) -> trio.SocketListener:
     """One listening socket: for a name with several addresses, the first."""
     try:
         found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = trio.socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):
-                # hypercorn shields its sends, so nothing else ends one to a peer that does not read. Inherited by
-                # the sockets that are accepted.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
-            sock.bind(address)
-            sock.listen(Config.backlog)
+            await sock.bind(address)
+            sock.listen(MAX_CONNECTIONS)
         except BaseException:
             sock.close()
             raise
@@ -96,17 +191,4 @@ async def _listen(host: str, port: int) -> socket.socket:
         if exc.errno == errno.EADDRINUSE:
             raise BindError(f"{host}:{port} is in use; stop what listens there or choose another --http-port") from None
         raise BindError(f"cannot listen on {host}:{port}: {exc.strerror}; check --host and --http-port") from None
-    return sock
-
-
-async def _serve_duplicate(app: Any, sock: socket.socket, stopped: Callable[[], Awaitable[None]]) -> None:
-    config = Config()
-    config.bind = f"fd://{os.dup(sock.fileno())}"
-    config.accesslog = None
-    config.errorlog = logging.getLogger("hypercorn.error")
-    # Its own message names the socket and offers CTRL + C; the start-up message of the command says it better.
-    config.errorlog.setLevel(max(config.errorlog.level, logging.WARNING))
-    config.include_server_header = False
-    config.read_timeout = SILENT_SECONDS
-    config.graceful_timeout = GRACE_SECONDS
-    await hypercorn.trio.serve(cast("Any", app), config, shutdown_trigger=stopped)
+    return trio.SocketListener(sock)

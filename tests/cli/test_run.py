@@ -130,13 +130,20 @@ async def test_flags_win_over_the_environment_and_the_file(tmp_path: Path) -> No
         assert (await get(gateway.http, "/healthz"))[0] == 200
 
 
-async def test_sessions_are_kept_in_a_file_unless_told_otherwise(tmp_path: Path) -> None:
-    async with running(TRIO_GATEWAY_STORE_URL="", HOME=str(tmp_path), XDG_STATE_HOME=str(tmp_path)) as gateway:
-        [line] = [line for line in gateway.out.splitlines() if line.startswith("  store      sqlite:")]
-        file = trio.Path(line.partition("sqlite:")[2])
-        assert file.is_relative_to(tmp_path)
-        assert await file.exists()
-        assert await answer(gateway.url, "echo", "hi") == "You said: hi"
+async def test_sessions_are_kept_in_the_file_that_is_named(tmp_path: Path) -> None:
+    url = f"sqlite:{tmp_path / 'sessions.db'}"
+    for known in (False, True):
+        async with running("--store", url) as gateway:
+            assert f"  store      {url}\n" in gateway.out
+            with trio.fail_after(PATIENCE):
+                async with open_session(gateway.url, "echo", session_id="mine") as session:
+                    assert (await session.send("hi", request_id="once")).duplicate is known
+                    async for event in session:
+                        if event.type == "turn_ended":
+                            assert session.text_of(event.turn_id) == "You said: hi"
+                            break
+            gateway.signal()
+            assert await gateway.ended() == 0
 
 
 async def test_json_goes_to_the_log_and_stdout_stays_empty() -> None:
