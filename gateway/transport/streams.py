@@ -73,8 +73,8 @@ async def end_gently(stream: ByteStream, seconds: float) -> None:
 
 
 class SocketByteStream(ByteStream):
-    """A connected TCP socket (POSIX: it reads and writes the file descriptor itself, which saves a failed attempt
-    per idle read and the trio socket's own bookkeeping per write).
+    """A connected TCP or Unix socket (POSIX: it reads and writes the file descriptor itself, which saves a failed
+    attempt per idle read and the trio socket's own bookkeeping per write).
 
     Args:
         sock: connected; this stream owns it from now on.
@@ -86,7 +86,8 @@ class SocketByteStream(ByteStream):
         self._peer = _address(sock)
         self._ended = False
         self._waiting = False  # whether a task waits until the kernel takes more
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if send_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
 

@@ -514,11 +514,6 @@ class ServerWebSocket:
                 self._inbox.clear()
             self._wake()
 
-    def _send_close(self, code: int, reason: str) -> None:
-        if not self._close_sent:
-            self._close_sent = True
-            self._enqueue(_close_frame(code, reason))
-
     def _refuse(self, code: int, reason: str) -> None:
         """The peer broke a rule: the connection ends with this code, behind what came before."""
         if self.phase is Phase.OPEN and not self._over:
@@ -572,7 +567,8 @@ class ServerWebSocket:
             elif self.phase is Phase.OPEN:
                 self.close_nowait(1000, "")
             if self._library is not None and self.phase is not Phase.CLOSED:
-                self._send_close(self.close_code or 1000, self.close_reason)
+                self._close_sent = True
+                self._enqueue(_close_frame(self.close_code or 1000, self.close_reason))
                 late, self._inbox = self._inbox, []
                 for message in late if self._takes_late else ():
                     self.on_late(message)

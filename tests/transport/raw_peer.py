@@ -69,6 +69,8 @@ class Peer:
     def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
         self.stream = stream
         self.buffer = b""
+        self.reset = False
+        """Whether the line ended with a reset, which on some systems takes along what was sent before it."""
         self.frames: list[tuple[int, bytes]] = []
         """Every frame received, in order."""
 
@@ -82,7 +84,7 @@ class Peer:
             try:
                 data = await self.stream.receive_some(65_536)
             except trio.BrokenResourceError:
-                data = b""
+                data, self.reset = b"", True
         self.buffer += bytes(data)
         return bool(data)
 

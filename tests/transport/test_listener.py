@@ -33,6 +33,7 @@ async def waiting(gateway: Any, count: int) -> AsyncIterator[list[Peer]]:
 async def refused(peer: Peer) -> None:
     status, body = await peer.http()
     assert (status, body) == (503, b"too many connections that have not said hello\n")
+    assert not peer.reset
 
 
 async def test_the_33rd_socket_of_a_peer_is_refused_and_slots_are_freed() -> None:

@@ -83,9 +83,12 @@ def without(line: bytes, instead: bytes = b"") -> bytes:
 async def test_a_bad_request_gets_an_http_answer_and_ends_nothing_else(request_bytes: bytes, status: int) -> None:
     async with gateway_of() as gateway:
         async with raw(gateway) as peer:
+            began = trio.current_time()
             await peer.send(request_bytes)
             got, body = await peer.http()
             assert got == status
+            assert not peer.reset, "what is unread at the close must not become a reset"
+            assert trio.current_time() - began < 5.0, "only the time limit ended it"
             if status == 404:
                 assert b"/ws" in body
         await works(gateway)
@@ -416,6 +419,15 @@ async def test_a_ping_after_our_close_and_text_until_the_close_reply() -> None:
         began = trio.current_time()
         await peer.until_end()
         assert trio.current_time() - began < 2.0, "the close reply was not seen"
+
+
+async def test_a_ping_that_crosses_our_close_is_ponged_in_front_of_it_or_not_at_all() -> None:
+    async with gateway_of() as gateway:
+        for _ in range(20):  # who comes first is up to the scheduler; nothing may stand behind the close frame
+            async with joined(gateway) as peer:
+                await peer.send(text(type="leave"), frame(PING, b"crosses"), close(1000))
+                await peer.until_end()
+                assert len(peer.closes) == 1
 
 
 async def test_more_text_than_any_buffer_holds_does_not_hide_the_close_reply() -> None:
