@@ -64,8 +64,8 @@ class ObedientStore(MemoryStore):
 
     durable = True
 
-    def __init__(self, **bounds: int) -> None:
-        super().__init__(**bounds)
+    def __init__(self) -> None:
+        super().__init__()
         self.gate: trio.Event | None = None
         self.unavailable = False
         self.error: Exception | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from gateway.config import Limits
 from gateway.errors import TurnClosed
 from gateway.protocol.messages import Aborted, Accepted, Delta, Error, Output, State, TurnEnded, Withdrawn
 from gateway.session import Turn
+from gateway.session.turn import PIECE
 
 
 async def test_scope_turn_stops_the_turn_and_the_queue_runs_on() -> None:
@@ -234,21 +236,29 @@ async def test_an_abort_of_a_turn_that_is_ending_promises_no_more_than_is_stored
 
 
 async def test_an_agent_that_has_returned_is_not_stopped_any_more() -> None:
+    """The abort falls between the agent's return and the loop's next step."""
+
+    class AbortRightThen(trio.abc.Instrument):
+        done = False
+
+        def after_task_step(self, task: trio.lowlevel.Task) -> None:
+            turn = bench.session.turn
+            if turn is not None and turn._finished.is_set() and not self.done:
+                self.done = True
+                bench.abort()
+
     async def agent(turn: Turn) -> str:
-        bench.session._nursery.start_soon(stop)  # type: ignore[union-attr]
         return "the whole answer"
 
-    async def stop() -> None:
-        bench.abort()
-
     async with open_bench(agent) as bench:
+        spy = AbortRightThen()
+        trio.lowlevel.add_instrument(spy)
         bench.send("r1")
         await settle()
-        assert len(bench.reader.got(Aborted)) + len(bench.reader.got(Error)) == 1
-        if bench.ends == ["completed"]:
-            assert bench.reader.of(Output)[0].content == "the whole answer"
-        else:
-            assert bench.ends == ["aborted"]
+        trio.lowlevel.remove_instrument(spy)
+        assert bench.ends == ["completed"]
+        assert bench.reader.of(Output)[0].content == "the whole answer"
+        assert len(bench.reader.got(Aborted)) == 1
 
 
 async def test_an_agent_that_catches_its_cancellation_and_returns_text() -> None:
@@ -431,3 +441,31 @@ async def test_a_zombie_that_waits_to_write_writes_nothing_after_the_end(autojum
         late = [item for item in bench.reader.seen[end:] if isinstance(item, Delta | State)]
         assert late == []
         assert len(ended) == 2
+
+
+async def test_the_rest_of_a_long_piece_is_dropped_after_the_end(autojump_clock: Any) -> None:
+    async def agent(turn: Turn) -> None:
+        if turn.input.content == "r1":
+            await turn.send("before")
+            with trio.CancelScope(shield=True), suppress(TurnClosed):
+                await gate.wait()
+                await turn.send("z" * 20 * PIECE)
+                finished.set()
+                await turn.send("closed")
+
+    gate, finished = trio.Event(), trio.Event()
+    async with open_bench(agent, limits=Limits(max_outbox=1, stop_timeout_ms=50)) as bench:
+        bench.send("r1")
+        await settle()
+        bench.store.hold()
+        bench.send("r2")
+        await settle()
+        gate.set()
+        bench.abort()
+        await trio.sleep(1)
+        bench.store.release()
+        await trio.sleep(1)
+        assert finished.is_set()
+        assert bench.ends == ["aborted", "completed"]
+        end = bench.reader.where(TurnEnded)
+        assert not [item for item in bench.reader.seen[end:] if isinstance(item, Delta | Output)]

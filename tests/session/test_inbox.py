@@ -64,10 +64,12 @@ async def test_credit_is_told_once_when_room_appears(how: str) -> None:
             await agent.do(take)
         await settle()
         assert [frame for frame in bench.reader.take() if isinstance(frame, Credit)] == [Credit(credit=1)]
+        bench.abort(scope="queue")
+        await settle()
+        assert not [frame for frame in bench.reader.take() if isinstance(frame, Credit)], "once is enough"
         # `happy` was told of credit 0 only if its `accepted` said so.
         told = [frame.credit for frame in happy.got(Accepted)]
         assert len(happy.got(Credit)) == (1 if told == [0] else 0)
-        bench.store.unavailable = False
 
 
 async def test_a_thousand_inputs_drain_with_constant_stack_and_tasks() -> None:

@@ -307,6 +307,26 @@ async def test_a_session_is_put_to_rest_only_when_it_is_at_rest(autojump_clock: 
         assert len(registry) == 0
 
 
+async def test_what_is_on_its_way_to_the_store_keeps_a_session_awake(autojump_clock: Any) -> None:
+    async with open_house(echo, limits=Limits(idle_session_ms=1000)) as house:
+        bench = await house.bench("s1")
+        house.store.hold()
+        bench.send("r1")
+        await settle()
+        bench.abort(request_id="r1")
+        bench.session.detach(bench.reader, 1006, "")
+        assert not bench.session.busy
+        await trio.sleep(2)
+        house.registry.rest_idle()
+        assert "s1" in house.registry.sessions
+        house.store.release()
+        await settle()
+        house.registry.rest_idle()
+        assert "s1" not in house.registry.sessions
+        bench = await house.bench("s1")
+        assert [event.type for event in bench.reader.events] == ["input", "withdrawn"]
+
+
 async def test_a_rested_sessions_tasks_are_gone() -> None:
     async with trio.open_nursery() as outer:
         async with open_house(echo, limits=Limits(idle_session_ms=10)) as house:
@@ -353,7 +373,7 @@ async def test_max_sessions_holds_for_those_that_come_at_once() -> None:
             await trio.lowlevel.checkpoint()
             await original(*args)
 
-        house.store.create = slow_create  # type: ignore[method-assign]
+        house.store.create = slow_create  # type: ignore[method-assign, assignment]
         async with trio.open_nursery() as nursery:
             for i in range(10):
                 nursery.start_soon(join, i)
