@@ -230,21 +230,23 @@ def test_hostile_bytes_end_nothing(data: st.DataObject) -> None:
     trio.run(main)
 
 
+@pytest.mark.parametrize("half_closed", [False, True])
 @pytest.mark.parametrize(
     "said", [b"", b"GET /heal", HEAD, HEAD + b"\r\n", UPGRADE % b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
 )
-async def test_a_silent_peer_is_let_go(said: bytes) -> None:
+async def test_a_silent_peer_is_let_go(said: bytes, half_closed: bool) -> None:
     async with side() as http, await trio.open_tcp_stream(*http.address) as peer:
-        if said:
-            await peer.send_all(said)
-        with trio.fail_after(2 * SILENT + PATIENCE / 2):
-            with suppress(trio.BrokenResourceError):
-                while await peer.receive_some():
-                    pass
+        with suppress(trio.BrokenResourceError), trio.fail_after(PATIENCE / 2):
+            if said:
+                await peer.send_all(said)
+            if half_closed:
+                await peer.send_eof()
+            while await peer.receive_some():
+                pass
 
 
 @asynccontextmanager
-async def stuffed(http: Side) -> AsyncIterator[None]:
+async def stuffed(http: Side) -> AsyncIterator[socket.socket]:
     """A peer has asked for more than it takes: the buffers are full, in both directions."""
     with socket.socket() as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -260,34 +262,41 @@ async def stuffed(http: Side) -> AsyncIterator[None]:
             except ConnectionError:
                 break  # let go already
             await trio.sleep(0.01)
-        yield
+        yield peer
 
 
 async def test_a_peer_that_does_not_read_is_let_go() -> None:
-    async with side() as http, stuffed(http):
+    async with side() as http, stuffed(http) as peer:
         assert (await http.get("/healthz"))[0] == 200
+        with suppress(ConnectionError), trio.fail_after(PATIENCE):
+            while True:
+                with suppress(BlockingIOError):
+                    peer.send(b"x")
+                await trio.sleep(0.05)
 
 
-async def test_a_peer_that_does_not_read_does_not_keep_it_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["shutdown", "cancel"])
+async def test_a_peer_that_does_not_read_does_not_keep_it_from_ending(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     monkeypatch.setattr(serving, "SILENT_SECONDS", 3600)
     monkeypatch.setattr(serving, "GRACE_SECONDS", 0.1)
-    with trio.fail_after(PATIENCE):
-        async with side() as http, stuffed(http):
-            http.shutdown.set()
-            await gone(http.address)
-        async with trio.open_nursery() as nursery:
-            shutdown = trio.Event()
-            address = await nursery.start(partial(serve_http, Fake(), "127.0.0.1", 0, shutdown=shutdown))
-            async with stuffed(Side(Fake(), address, shutdown)):
-                nursery.cancel_scope.cancel()
+    shutdown, ended, scope = trio.Event(), trio.Event(), trio.CancelScope()
 
+    async def serve(task_status: trio.TaskStatus[tuple[str, int]]) -> None:
+        with scope:
+            await serve_http(Fake(), "127.0.0.1", 0, shutdown=shutdown, task_status=task_status)
+        ended.set()
 
-async def gone(address: tuple[str, int]) -> None:
-    """Wait until nobody listens there."""
-    with suppress(OSError):
-        while True:
-            async with await trio.open_tcp_stream(*address):
-                await trio.sleep(0.01)
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(serve)
+        async with stuffed(Side(Fake(), address, shutdown)):
+            if how == "shutdown":
+                shutdown.set()
+            else:
+                scope.cancel()
+            with trio.fail_after(PATIENCE):
+                await ended.wait()
 
 
 async def test_idle_connections_end_with_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
