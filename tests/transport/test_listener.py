@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -159,6 +160,7 @@ class Sock:
     """As much of a socket as the loop touches."""
 
     closed = False
+    family = socket.AF_INET
 
     def __init__(self, broken: bool = False) -> None:
         self.broken = broken

@@ -366,6 +366,16 @@ async def test_what_came_in_front_of_a_violation_is_handled_and_answered(end: by
         assert [got["nonce"] for got in peer.texts[1:]] == [f"{number}" for number in range(100)]
 
 
+@pytest.mark.parametrize("first", [frame(TEXT, bits=0x40), frame(TEXT, b"\xff")])
+async def test_a_close_frame_survives_what_is_unread_behind_a_violation(first: bytes) -> None:
+    async with gateway_of(close_timeout_ms=5_000) as gateway, joined(gateway) as peer:
+        await peer.send(first, b"noise" * 200_000)
+        await peer.until_close()
+        await peer.stream.send_eof()
+        await peer.until_end()
+        assert not peer.reset
+
+
 async def test_noise_of_every_kind_ends_only_its_own_connection() -> None:
     async with gateway_of() as gateway, joined(gateway) as bystander:
         for seed in range(40):
@@ -544,9 +554,11 @@ async def test_websocket_pings_are_no_sign_of_life() -> None:
 # peers that do not read
 
 
-async def stream_for_ever(turn: Turn) -> None:
-    while True:
+async def say_much(turn: Turn) -> None:
+    """More than the kernel takes for a peer that does not read; then wait to be stopped."""
+    for _ in range(200):
         await turn.send("x" * 10_000)
+    await trio.sleep_forever()
 
 
 async def fill(peer: Peer, gateway: Gateway) -> None:
@@ -559,7 +571,7 @@ SLOW = {"send_buffer_bytes": 4096, "max_buffered_bytes": 1 << 30, "send_timeout_
 
 
 async def test_a_peer_that_does_not_read_at_close_is_dropped() -> None:
-    async with gateway_of(stream_for_ever, **SLOW, close_timeout_ms=300) as gateway:
+    async with gateway_of(say_much, **SLOW, close_timeout_ms=300) as gateway:
         async with joined(gateway, receive_buffer=4096) as peer:
             await fill(peer, gateway)
             began = trio.current_time()
@@ -570,7 +582,7 @@ async def test_a_peer_that_does_not_read_at_close_is_dropped() -> None:
 
 @pytest.mark.parametrize("ours", [True, False])
 async def test_the_close_frame_reaches_a_peer_that_reads_late(ours: bool) -> None:
-    async with gateway_of(stream_for_ever, **SLOW, close_timeout_ms=5_000) as gateway:
+    async with gateway_of(say_much, **SLOW, close_timeout_ms=5_000) as gateway:
         async with joined(gateway, receive_buffer=4096) as peer:
             await fill(peer, gateway)
             await peer.send(text(type="leave") if ours else close(4321))
@@ -581,7 +593,7 @@ async def test_the_close_frame_reaches_a_peer_that_reads_late(ours: bool) -> Non
 
 
 async def test_a_peer_that_ends_its_side_while_frames_wait_and_then_reads() -> None:
-    async with gateway_of(stream_for_ever, **SLOW, close_timeout_ms=3_000) as gateway:
+    async with gateway_of(say_much, **SLOW, close_timeout_ms=3_000) as gateway:
         async with joined(gateway, receive_buffer=4096) as peer:
             await fill(peer, gateway)
             await peer.stream.send_eof()
@@ -598,7 +610,7 @@ async def test_a_ping_flood_that_nobody_reads_is_bounded_and_reading_goes_on() -
 
     async def agent(turn: Turn) -> None:
         try:
-            await stream_for_ever(turn)
+            await say_much(turn)
         finally:
             ended.append(str(turn.input.content))
 
@@ -632,7 +644,7 @@ async def test_a_flood_of_json_pings_that_nobody_reads() -> None:
 
     async def agent(turn: Turn) -> None:
         try:
-            await stream_for_ever(turn)
+            await say_much(turn)
         finally:
             ended.append(str(turn.input.content))
 
