@@ -1,4 +1,4 @@
-"""What the client, and what the operator, gets to know of an agent's exception."""
+"""How a turn ended: what the client, and what the operator, gets to know of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,32 @@ from typing import Any
 
 import structlog
 
+from gateway.config import Limits
 from gateway.errors import TurnFailed
-from gateway.protocol.messages import ErrorInfo
+from gateway.protocol.messages import ErrorInfo, TurnOutcome
 
 MAX_CODE, MAX_MESSAGE = 64, 4096
 """Characters of what a `TurnFailed` may say to the client: a word, and a paragraph. The rest is cut off."""
 
 _log = structlog.get_logger(__name__)
+
+
+def outcome_of(
+    stop_reason: str | None, failure: ErrorInfo | None, limits: Limits
+) -> tuple[TurnOutcome, ErrorInfo | None]:
+    """The outcome of a turn whose agent is done: why it was stopped counts before what its agent did then."""
+    if stop_reason == "turn_too_large":
+        message = f"the turn wrote more than {limits.max_turn_bytes:,} bytes"
+        return "failed", ErrorInfo(code="turn_too_large", message=message)
+    if stop_reason == "detached":
+        message = "nobody was attached for too long"
+        return "aborted", ErrorInfo(code="detached", message=message, retryable=True)
+    if stop_reason == "timed_out":
+        message = f"the turn ran for more than {limits.max_turn_ms:,} ms"
+        return "timed_out", ErrorInfo(code="timed_out", message=message, retryable=True)
+    if stop_reason is not None:
+        return stop_reason, None  # type: ignore[return-value]
+    return ("completed", None) if failure is None else ("failed", failure)
 
 
 def explain(exc: BaseException, reference: str, **where: Any) -> ErrorInfo:

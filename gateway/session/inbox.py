@@ -66,10 +66,13 @@ class Inbox:
         self.waiting: dict[str, QueuedInput] = {}
         self.storing: dict[str, QueuedInput] = {}
         self._ready = 0  # in `waiting` and stored
+        self._leaving = 0  # in `storing` and withdrawn
         self._in, self._out = trio.open_memory_channel[QueuedInput](capacity)
 
-    def __len__(self) -> int:
-        return len(self.waiting)
+    @property
+    def held(self) -> int:
+        """Inputs that take up room: what waits, and what was withdrawn but is still on its way to the store."""
+        return len(self.waiting) + self._leaving
 
     # coming in
 
@@ -82,6 +85,7 @@ class Inbox:
         """Its event is stored. Returns how many inputs wait before it."""
         del self.storing[queued.event.request_id]
         if queued.place is Place.GONE:
+            self._leaving -= 1
             return 0
         # Events are stored in the order of their numbers, so all that is ready has a lower one.
         ahead = self._ready if queued.on_busy != "interrupt" else self.ahead(queued)
@@ -91,7 +95,9 @@ class Inbox:
     def refused(self, queued: QueuedInput) -> None:
         """Its event could not be stored: it never was."""
         del self.storing[queued.event.request_id]
-        if queued.place is not Place.GONE:
+        if queued.place is Place.GONE:
+            self._leaving -= 1
+        else:
             queued.place = Place.GONE
             del self.waiting[queued.event.request_id]
 
@@ -161,7 +167,9 @@ class Inbox:
             self._refill([*self._drain(), queued])
 
     def _leave(self, queued: QueuedInput) -> None:
-        if queued.place is not Place.STORING:
+        if queued.place is Place.STORING:
+            self._leaving += 1
+        else:
             self._ready -= 1
         queued.place = Place.GONE
         del self.waiting[queued.event.request_id]

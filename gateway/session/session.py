@@ -54,12 +54,11 @@ from gateway.protocol.messages import (
     ResyncReason,
     ServerFrame,
     Signal,
-    TurnOutcome,
     TurnStarted,
     Withdrawn,
 )
 from gateway.protocol.view import SessionView, encode_snapshot
-from gateway.session.failures import explain
+from gateway.session.failures import explain, outcome_of
 from gateway.session.inbox import Inbox, Place, QueuedInput
 from gateway.session.publisher import Finish, Publisher
 from gateway.session.sources import Sources
@@ -234,12 +233,17 @@ class Session:
     @property
     def busy(self) -> bool:
         """Whether a turn runs or an input waits: one look at live things, no flag beside them."""
-        return self.turn is not None or len(self._inbox) > 0
+        return self.turn is not None or bool(self._inbox.waiting)
+
+    @property
+    def _most_pending(self) -> int:
+        """Replies that may wait for one and the same thing; more than that is one client asking again and again."""
+        return self.limits.max_control_frames + len(self.readers)
 
     @property
     def waiting(self) -> int:
         """Inputs that no turn has taken yet."""
-        return len(self._inbox)
+        return len(self._inbox.waiting)
 
     @property
     def at_rest(self) -> bool:
@@ -249,7 +253,7 @@ class Session:
     @property
     def credit(self) -> int:
         """Inputs that may still be sent before the inbox is full."""
-        return max(0, self.limits.max_inbox - len(self._inbox))
+        return max(0, self.limits.max_inbox - self._inbox.held)
 
     # connections
 
@@ -324,6 +328,9 @@ class Session:
             self._refuse(reader, request_id, "request_id_conflict", "was used before with another content")
             return
         if storing is not None:
+            if len(storing.repliers) >= self._most_pending:
+                self._refuse(reader, request_id, "rate_limited", "it is being stored; its answer will come")
+                return
             storing.repliers.append(self._replier(reader, storing))
             return
         if known is not None:
@@ -338,7 +345,7 @@ class Session:
         if frame.on_busy == "reject" and self.busy:
             self._refuse(reader, request_id, "busy", "a turn is running or inputs are waiting")
             return
-        if len(self._inbox) >= self.limits.max_inbox:
+        if self._inbox.held >= self.limits.max_inbox:
             self._refuse(
                 reader, request_id, "inbox_full", f"{self.limits.max_inbox} inputs are waiting", INBOX_RETRY_MS, 0
             )
@@ -435,6 +442,7 @@ class Session:
         for i, reply in enumerate(repliers):
             reply(None, ahead, i > 0)
         if queued.place is Place.GONE:
+            self._tell_credit()
             return
         turn = self.turn
         if queued.on_busy == "steer" and turn is not None and not turn._closed:
@@ -494,14 +502,19 @@ class Session:
                 return
             self._stop(reader, None, [queued])
             return
+        inputs: list[QueuedInput] = []
         if frame.turn_id is not None or frame.scope == "turn":
             if turn is None or frame.turn_id not in (None, turn.turn_id):
                 which = "no turn is running" if turn is None else f"field 'turn_id': {frame.turn_id!r} is not running"
                 reader.push(Error(code="no_active_turn", message=which))
                 return
-            self._stop(reader, turn, [])
+        else:
+            inputs += self._inbox.waiting.values()
+            turn = turn if frame.scope == "all" else None
+        if turn is not None and len(turn._on_ended) >= self._most_pending:
+            reader.push(Error(code="rate_limited", message="the turn is being stopped already", retryable=True))
             return
-        self._stop(reader, turn if frame.scope == "all" else None, list(self._inbox.waiting.values()))
+        self._stop(reader, turn, inputs)
 
     def _stop(self, reader: Reader, turn: Turn | None, inputs: Sequence[QueuedInput]) -> None:
         turn_id = None if turn is None else turn.turn_id
@@ -643,7 +656,7 @@ class Session:
 
     async def _end_turn(self, turn: Turn) -> None:
         """Close what the turn left open and write its end."""
-        outcome, error = self._outcome(turn)
+        outcome, error = outcome_of(turn._stop_reason, turn._failure, self.limits)
         for pending in list(turn._asks.values()):
             self.decide_ask(turn, pending, "cancelled")
         turn._closed = True
@@ -662,23 +675,6 @@ class Session:
 
         self.publisher.enqueue(Finish(turn.turn_id, outcome, error, text), lambda _: visible())
         await turn._ended.wait()
-
-    def _outcome(self, turn: Turn) -> tuple[TurnOutcome, ErrorInfo | None]:
-        reason = turn._stop_reason
-        if reason == "turn_too_large":
-            message = f"the turn wrote more than {self.limits.max_turn_bytes:,} bytes"
-            return "failed", ErrorInfo(code="turn_too_large", message=message)
-        if reason == "detached":
-            message = "nobody was attached for too long"
-            return "aborted", ErrorInfo(code="detached", message=message, retryable=True)
-        if reason == "timed_out":
-            message = f"the turn ran for more than {self.limits.max_turn_ms:,} ms"
-            return "timed_out", ErrorInfo(code="timed_out", message=message, retryable=True)
-        if reason is not None:
-            return reason, None  # type: ignore[return-value]
-        if turn._failure is not None:
-            return "failed", turn._failure
-        return "completed", None
 
     async def finish_turn(self, timeout: float) -> None:
         """Wait until no turn runs, at most `timeout` seconds; then end it as ``interrupted`` and wait for that."""

@@ -9,7 +9,7 @@ import trio
 from session_harness import Script, open_bench, settle
 
 from gateway.config import Limits
-from gateway.protocol.messages import Accepted, Credit, Error
+from gateway.protocol.messages import Aborted, Accepted, Credit, Error
 from gateway.session import Turn
 
 
@@ -70,6 +70,45 @@ async def test_credit_is_told_once_when_room_appears(how: str) -> None:
         # `happy` was told of credit 0 only if its `accepted` said so.
         told = [frame.credit for frame in happy.got(Accepted)]
         assert len(happy.got(Credit)) == (1 if told == [0] else 0)
+
+
+async def test_sending_and_withdrawing_while_the_store_is_slow_is_bounded() -> None:
+    async with open_bench(Script(), limits=Limits(max_inbox=4)) as bench:
+        bench.store.hold()
+        for i in range(100):
+            bench.send(f"r{i}")
+            bench.abort(scope="queue")
+        await settle()
+        codes = [frame.code for frame in bench.reader.got(Error)]
+        assert codes == ["inbox_full"] * 96, "what is on its way to the store takes up room, withdrawn or not"
+        assert bench.session.credit == 0
+        assert bench.session.waiting == 0
+        bench.store.release()
+        await settle()
+        assert [frame.credit for frame in bench.reader.got(Accepted)] == [1, 2, 3, 4]
+        assert bench.session.credit == 4
+        assert len(bench.reader.got(Aborted)) == 100
+        assert bench.turns == []
+
+
+async def test_replies_that_wait_are_bounded() -> None:
+    agent = Script()
+    async with open_bench(agent, limits=Limits(max_control_frames=8)) as bench:
+        bench.store.hold()
+        for _ in range(50):
+            bench.send("r1")
+        assert [frame.code for frame in bench.reader.got(Error)] == ["rate_limited"] * 41
+        bench.store.release()
+        await settle()
+        assert len(bench.reader.got(Accepted)) == 9
+        bench.store.hold()
+        for _ in range(50):
+            bench.abort()
+        assert [frame.code for frame in bench.reader.got(Error)] == ["rate_limited"] * 82
+        bench.store.release()
+        await settle()
+        assert len(bench.reader.got(Aborted)) == 9
+        assert bench.ends == ["aborted"]
 
 
 async def test_a_thousand_inputs_drain_with_constant_stack_and_tasks() -> None:
