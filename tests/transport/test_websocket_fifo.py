@@ -224,6 +224,7 @@ async def test_a_line_found_lost_while_frames_wait_and_the_handler_is_busy(
         await ws.accept()
         await trio.testing.wait_all_tasks_blocked()
         ws.send_nowait([b"x" * 200])
+        await trio.testing.wait_all_tasks_blocked()
         await near.send_eof()
         await trio.testing.wait_all_tasks_blocked()
         assert ws.phase is Phase.CLOSED
