@@ -11,6 +11,7 @@ import attrs
 import click
 
 from gateway.cli import main as cli
+from gateway.cli.spec import FORMATS, written
 from gateway.config import Config, Limits, Log, Server, Store
 from gateway.protocol import messages as m
 
@@ -143,7 +144,13 @@ def command_line() -> str:
     return "\n".join(out) + "\n"
 
 
-PAGES = {"protocol.md": protocol, "configuration.md": configuration, "command-line.md": command_line}
+PAGES = {
+    "protocol.md": protocol,
+    "configuration.md": configuration,
+    "command-line.md": command_line,
+    "spec.json": lambda: written(FORMATS["2", "json-schema"]()),
+    "asyncapi.json": lambda: written(FORMATS["2", "asyncapi"]()),
+}
 
 
 def main() -> int:
