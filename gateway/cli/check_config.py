@@ -11,6 +11,7 @@ import click
 from gateway.agents.loader import split_spec
 from gateway.cli.failing import errors_as_lines
 from gateway.cli.settings import OPTIONS, TABLES, Loaded, load
+from gateway.cli.state import with_default_store
 from gateway.config import AgentConfig, Config
 from gateway.store import open_store
 
@@ -23,14 +24,14 @@ _SECRET_WORDS = ("key", "token", "secret", "password")
 def check_config(file: str | None, explain: bool) -> None:
     """Check the settings in FILE, together with the environment, as `run --config FILE` would read them.
 
-    Prints "ok" and every value that is not the default, with where it is from; or every problem, one per line, and
-    the exit code is 2. Agents are not imported.
+    Prints "ok", where sessions are kept, and every value that is not the default, with where it is from; or every
+    problem, one per line, and the exit code is 2. Agents are not imported.
     """
     if explain:
         click.echo("\n".join(_explained()))
         return
     with errors_as_lines():
-        loaded = load(file)
+        loaded = with_default_store(load(file))
         # Names what it would open, and opens nothing.
         open_store(loaded.config.store.url, loaded.config.limits)
         for name in loaded.config.agents:

@@ -28,6 +28,7 @@ from gateway.cli.failing import errors_as_lines
 from gateway.cli.logs import set_up_logs
 from gateway.cli.settings import CONFIG_VARIABLE, Flag, Loaded, load
 from gateway.cli.signals import end_within, on_signals
+from gateway.cli.state import make_folder, with_default_store
 from gateway.config import Config
 from gateway.errors import AgentLoadError, ConfigError
 from gateway.server import Gateway, open_gateway
@@ -54,7 +55,7 @@ FLAGS = {
     "--host": ("server.host", "HOST", f"Where to listen [default: {_DEFAULT.server.host}]."),
     "--port": ("server.port", "PORT", f"For WebSocket; 0 takes a free one [default: {_DEFAULT.server.port}]."),
     "--http-port": ("server.http_port", "PORT", f"For health checks, likewise [default: {_DEFAULT.server.http_port}]."),
-    "--store": ("store.url", "STORE", f"memory, or sqlite:PATH [default: {_DEFAULT.store.url}]."),
+    "--store": ("store.url", "STORE", "sqlite:PATH, or memory [default: a file in the state directory]."),
     "--log-level": ("log.level", "LEVEL", f"debug, info, warning or error [default: {_DEFAULT.log.level}]."),
     "--log-format": ("log.format", "FORMAT", f"console or json [default: {_DEFAULT.log.format}]."),
 }
@@ -85,6 +86,8 @@ def run(
     AGENT is MODULE:ATTR (its id is ATTR), NAME=MODULE:ATTR, or the name of an agent in the file. Without one, all
     agents of the file are served; without any there, a demo, as "echo" and "demo".
 
+    Sessions are kept in a file, which is printed at the start; --store memory keeps none.
+
     Every setting can also be in FILE or in the environment (TRIO_GATEWAY_SERVER_PORT for [server] port); flags win.
     The first SIGTERM or SIGINT drains, the second ends at once; the exit code is 0 then, and 2 if it cannot start.
     """
@@ -100,11 +103,12 @@ def run(
             )
         if no_http or given["http_port"] is not None:
             flags.append(Flag(name="--no-http", path="server.http", value=not no_http))
-        loaded = load(file, flags=flags)
+        loaded = with_default_store(load(file, flags=flags))
         config = loaded.config
         set_up_logs(config.log)
         served = _load_agents(agents, config)
         serve_http = _find_http(loaded)
+        make_folder(loaded)
         _prepare_process(config)
         trio.run(_serve, config, served, serve_http)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -12,14 +12,20 @@ import attrs
 import click
 import trio
 
-from gateway.errors import ConfigError, GatewayError
+from gateway.cli.failing import errors_as_lines
+from gateway.cli.settings import CONFIG_VARIABLE, load
+from gateway.cli.state import with_default_store
+from gateway.errors import ConfigError
 from gateway.protocol import codec
 from gateway.protocol.messages import Answered, Ask, Event, Input, Output, ToolCall, ToolResult, TurnEnded
 from gateway.store.base import Retention, StoredSession
 from gateway.store.inspect import Summary, read_session, summaries
 
 
-def _path(store: str) -> str:
+def _path(store: str | None) -> str:
+    """The file that `store` names; without it, the one that `run` would use in this environment."""
+    if store is None:
+        store = with_default_store(load(os.environ.get(CONFIG_VARIABLE))).config.store.url
     kind, _, path = store.partition(":")
     if kind != "sqlite" or not path:
         raise ConfigError("--store", f"expected sqlite:PATH, got {store!r}; a memory store is gone with its process")
@@ -30,11 +36,8 @@ class _Command(click.Group):
     """Turns the store's errors into one line and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with errors_as_lines():
             return super().invoke(ctx)
-        except GatewayError as exc:
-            click.echo(f"trio-gateway: {exc}", err=True)
-            sys.exit(2)
 
 
 @click.group(cls=_Command)
@@ -43,7 +46,8 @@ def sessions() -> None:
 
 
 def _store_option(function: Any) -> Any:
-    return click.option("--store", required=True, help="sqlite:PATH, as the gateway printed it at its start.")(function)
+    text = "sqlite:PATH, as the gateway printed it at its start [default: where `run` would keep them]."
+    return click.option("--store", help=text)(function)
 
 
 def _when(ms: int) -> str:
@@ -59,7 +63,7 @@ def _doing(summary: Summary) -> str:
 @sessions.command("list")
 @_store_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-def list_(store: str, as_json: bool) -> None:
+def list_(store: str | None, as_json: bool) -> None:
     """All sessions, the most recently active first. Times are UTC."""
     found = summaries(_path(store))
     if as_json:
@@ -81,7 +85,7 @@ def list_(store: str, as_json: bool) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _find(store: str, session_id: str) -> StoredSession:
+def _find(store: str | None, session_id: str) -> StoredSession:
     found = read_session(_path(store), session_id)
     if found is None:
         raise ConfigError("SESSION_ID", f"there is no session {session_id!r}; `trio-gateway sessions list` shows all")
@@ -91,7 +95,7 @@ def _find(store: str, session_id: str) -> StoredSession:
 @sessions.command()
 @_store_option
 @click.argument("session_id")
-def show(store: str, session_id: str) -> None:
+def show(store: str | None, session_id: str) -> None:
     """One session: its numbers, state, and what waits."""
     found = _find(store, session_id)
     (summary,) = summaries(_path(store), session_id)
@@ -114,7 +118,7 @@ def show(store: str, session_id: str) -> None:
 @_store_option
 @click.argument("session_id")
 @click.option("--format", "form", type=click.Choice(["jsonl", "markdown"]), default="jsonl", show_default=True)
-def export(store: str, session_id: str, form: str) -> None:
+def export(store: str | None, session_id: str, form: str) -> None:
     """A session's transcript, as one event per line or as Markdown, to standard output."""
     found = _find(store, session_id)
     lines = _jsonl(found.events) if form == "jsonl" else _markdown(found)
@@ -158,7 +162,7 @@ def _markdown(found: StoredSession) -> Iterator[str]:
 @_store_option
 @click.argument("session_ids", nargs=-1)
 @click.option("--older-than", "days", type=click.FloatRange(min=0), help="Remove sessions without activity for DAYS.")
-def purge(store: str, session_ids: tuple[str, ...], days: float | None) -> None:
+def purge(store: str | None, session_ids: tuple[str, ...], days: float | None) -> None:
     """Remove sessions by name or by age. The gateway must be stopped; it purges by itself while it runs.
 
     Sessions with an open turn or waiting inputs are only removed by name.
@@ -186,7 +190,7 @@ async def _purge(path: str, session_ids: tuple[str, ...], days: float | None) ->
 
 @sessions.command("new-epoch")
 @_store_option
-def new_epoch(store: str) -> None:
+def new_epoch(store: str | None) -> None:
     """Declare the history unproven, after the file was restored from a backup: every client gets a snapshot."""
     from gateway.store.sqlite import new_epoch as bump
 

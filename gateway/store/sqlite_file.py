@@ -126,7 +126,9 @@ class WriterLock:
             holder = os.read(self._fd, 32).decode("ascii", "replace").strip()
             os.close(self._fd)
             who = f"process {holder}" if holder else "another process"
-            raise StoreUnusable(f"{path}: is in use by {who}; end it, or give this gateway a file of its own") from exc
+            raise StoreUnusable(
+                f"{path}: is in use by {who}; end it, or give this gateway a file of its own (--store sqlite:PATH)"
+            ) from exc
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
 
