@@ -25,7 +25,7 @@ import structlog
 import trio
 
 from gateway.errors import ConnectionLost, FrameError, HandshakeRefused
-from gateway.protocol import codec, handshake
+from gateway.protocol import codec, dialects, handshake
 from gateway.protocol.messages import (
     Abort,
     Answer,
@@ -88,6 +88,7 @@ class Connection:
         self._state = State.HANDSHAKE
         self._session: Session | None = None
         self._identity: Identity | None = None
+        self._speak(dialects.NATIVE)
         self._control: list[bytes] = []
         self._control_bytes = 0
         # One frame each for hello_ok and snapshot, and replies up to what a client may be behind.
@@ -106,6 +107,13 @@ class Connection:
         self.heard_at = self.sent_at = trio.current_time()
         ws.on_unblocked = self._unblocked
         ws.on_late = self._handle_late
+
+    def _speak(self, dialect: dialects.Dialect) -> None:
+        """Read and write as `dialect` says; what is used for every event is looked up here, once."""
+        self._dialect = dialect
+        self._decode = dialect.decode
+        self._encode = dialect.encode
+        self._read = dialect.read
 
     # life
 
@@ -166,10 +174,15 @@ class Connection:
 
     def _end_with(self, frame: ServerFrame, code: int, reason: str) -> None:
         """Send a last frame behind everything unsent, then close."""
-        if self._ws.phase is Phase.OPEN:
-            self._control.append(codec.encode_frame(frame))
-            self._write_control()
+        self._write_last(frame)
         self.close(code, reason)
+
+    def _write_last(self, frame: ServerFrame) -> None:
+        """Write a frame at once, whatever the connection's state, behind everything unsent."""
+        data = self._encode(frame)
+        if data is not None and self._ws.phase is Phase.OPEN:
+            self._control.append(data)
+            self._write_control()
 
     def session_failed(self) -> None:
         """The session ended by an error of its own."""
@@ -181,17 +194,29 @@ class Connection:
         """Take the first frame and attach to a session."""
         ws, limits = self._ws, self._limits
         with trio.move_on_at(ws.connected_at + limits.handshake_timeout_ms / 1000):
-            (first,) = await ws.get_many()
-            self.heard_at = trio.current_time()
-            hello = handshake.read_hello(first)
-            version = handshake.negotiate(hello)
-            await self._admit(hello, version)
+            await self._admit(await self._read_hello())
             return
         if self._session is None:
             self.close(4408, "handshake_timeout")
         raise ConnectionLost(4408, "handshake_timeout")
 
-    async def _admit(self, hello: Hello, version: int) -> None:
+    async def _read_hello(self) -> Hello:
+        ws = self._ws
+        while True:
+            (first,) = await ws.get_many()
+            self.heard_at = trio.current_time()
+            self._speak(dialects.choose(first))
+            try:
+                return self._dialect.read_hello(first)
+            except FrameError as wrong:
+                self._protocol_errors += 1
+                if self._protocol_errors > self._limits.max_protocol_errors:
+                    raise handshake.invalid_hello(wrong.message) from None
+                self._write_last(Error(code=wrong.code, message=wrong.message))
+                ws.release(ws.max_message_bytes)
+                ws.hold = True
+
+    async def _admit(self, hello: Hello) -> None:
         gateway, ws = self._gateway, self._ws
         if not origin_allowed(ws.header(b"origin"), ws.host, gateway.config.server.allowed_origins):
             raise HandshakeRefused(
@@ -229,6 +254,7 @@ class Connection:
         )
         session.attach(self)
         self._session = session
+        self._dialect.attach(log, session.view.asks)
         gateway.joined.add(self)
         self._on_joined()
         ws.release(self._limits.max_payload)
@@ -238,7 +264,7 @@ class Connection:
         self.told_no_credit = credit == 0
         self._push(
             HelloOk(
-                protocol=version,
+                protocol=self._dialect.version,
                 server=gateway.server_info,
                 connection_id=self.member.connection_id,
                 session_id=session.record.session_id,
@@ -259,9 +285,13 @@ class Connection:
             )
         )
         if position.resync is not None:
-            self._push_bytes(session.snapshot(position.resync))
+            for data in self._dialect.snapshot(session.snapshot(position.resync)):
+                self._push_bytes(data)
 
     def _token(self, hello: Hello) -> str | None:
+        return self._dialect.find_token(self._given_token(hello), self._ws.query)
+
+    def _given_token(self, hello: Hello) -> str | None:
         if hello.token is not None:
             return hello.token
         authorization = self._ws.header(b"authorization")
@@ -277,7 +307,7 @@ class Connection:
     async def _handle(self, raw: bytes) -> None:
         """Handle one text message: a frame, or an array of them."""
         self._large = 6 * len(raw) > self._limits.max_frame_bytes - EVENT_OVERHEAD
-        for number, frame in enumerate(codec.iter_client(raw), 1):
+        for number, frame in enumerate(self._decode(raw), 1):
             if self._state is not State.JOINED:
                 if not self._abort_late(frame):
                     return
@@ -293,7 +323,7 @@ class Connection:
                 await trio.lowlevel.checkpoint()
 
     def _handle_late(self, raw: bytes) -> None:
-        for frame in codec.iter_client(raw):
+        for frame in self._decode(raw):
             if not self._abort_late(frame):
                 return
 
@@ -441,7 +471,9 @@ class Connection:
         return self._ws.blocked
 
     def _push(self, frame: ServerFrame) -> None:
-        self._push_bytes(codec.encode_frame(frame))
+        data = self._encode(frame)
+        if data is not None:
+            self._push_bytes(data)
 
     def _push_bytes(self, data: bytes) -> None:
         if self._ws.phase is not Phase.OPEN or self._state is not State.JOINED:
@@ -488,10 +520,10 @@ class Connection:
         if self._resync is not None or self.cursor < log.floor:
             reason = self._resync or "cursor_expired"
             self._resync = None
-            frames += text_frames([session.snapshot(reason)])
+            frames += text_frames(self._dialect.snapshot(session.snapshot(reason)))
             self.cursor = self._baseline = log.head
         elif self.cursor < log.head:
-            chunk = log.read(self.cursor, FLUSH_BYTES)
+            chunk = self._read(log, self.cursor, FLUSH_BYTES)
             events = self._gateway.flusher.frames(chunk)
             frames = frames + events if frames else events
             # Invariant: the cursor only moves forward, and only past what is in the connection's FIFO or socket.
