@@ -1,0 +1,5 @@
+"""Bare servers that do the workloads' work and nothing else: no session, no numbers of a log, no limits, no resume.
+
+They all speak the dialect of `benchmarks.load.clients.Client`: ``hello`` → ``hello_ok``; ``ask`` → `count` times
+``delta``, then ``end``; ``ping`` → ``pong``; ``go`` → `count` times ``delta`` to everyone. Compression is off.
+"""
