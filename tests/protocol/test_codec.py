@@ -11,11 +11,13 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from protocol_strategies import any_of, json_values, of, steady, text
+from steady import steady
 
 from gateway.errors import FrameError
 from gateway.protocol import codec
 from gateway.protocol import messages as m
+from gateway.testing.strategies import any_of, json_values, of
+from gateway.testing.strategies import texts as text
 
 SURVIVES_A_SNAPSHOT = codec.MAX_GIVEN_DEPTH - 2  # a frame's own object and `metadata` are two levels
 

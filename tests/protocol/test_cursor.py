@@ -8,7 +8,7 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from protocol_strategies import steady
+from steady import steady
 
 from gateway.protocol import messages as m
 from gateway.protocol.cursor import Backoff, CursorTracker, Verdict

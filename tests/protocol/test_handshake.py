@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from protocol_strategies import any_of, json_values, of, steady
+from steady import steady
 
 from gateway.errors import HandshakeRefused
 from gateway.protocol import codec, handshake
 from gateway.protocol import messages as m
+from gateway.testing.strategies import any_of, json_values, of
 
 HELLO = {"type": "hello", "protocol_min": 1, "protocol_max": 2, "agent_id": "echo"}
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from protocol_strategies import json_values, steady, text
+from steady import steady
 
 from gateway.protocol.keys import Key, Keys, digest_of
+from gateway.testing.strategies import json_values
+from gateway.testing.strategies import texts as text
 
 
 def key(at: int, seq: int = 1) -> Key:

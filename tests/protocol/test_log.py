@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from protocol_strategies import steady
+from steady import steady
 
 from gateway.protocol import codec
 from gateway.protocol import messages as m

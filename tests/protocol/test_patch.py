@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from protocol_strategies import json_values, steady, text
+from steady import steady
 
 from gateway.protocol.patch import merge_patch
+from gateway.testing.strategies import json_values
+from gateway.testing.strategies import texts as text
 
 RFC_7396: list[tuple[Any, Any, Any]] = [
     ({"a": "b"}, {"a": "c"}, {"a": "c"}),

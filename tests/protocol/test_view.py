@@ -8,12 +8,13 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from protocol_strategies import any_of, steady
+from steady import steady
 
 from gateway.protocol import codec
 from gateway.protocol import messages as m
 from gateway.protocol.log import Log
 from gateway.protocol.view import SessionView, encode_snapshot
+from gateway.testing.strategies import any_of
 
 ROOM = 10**9
 
