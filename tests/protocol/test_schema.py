@@ -10,13 +10,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from jsonschema.validators import extend
-from protocol_strategies import any_of, json_values, of, steady
+from steady import steady
 
 from gateway.errors import FrameError, HandshakeRefused
 from gateway.protocol import codec, handshake
 from gateway.protocol import messages as m
 from gateway.protocol.asyncapi import ANSWERS, asyncapi
 from gateway.protocol.schema import json_schema
+from gateway.testing.strategies import any_of, json_values, of
 
 SCHEMA = json_schema()
 
