@@ -121,6 +121,10 @@ class Server:
     """Whether health and readiness are served on `http_port` (extra ``http``)."""
     http_port: int = field(default=8766, validator=_within(0, 65_535))
     path: str = field(default="/ws")
+    tls_certificate: str | None = field(default=None, validator=attrs.validators.optional(_text))
+    """PEM file with the certificate and its chain. With it, and `tls_key`, the WebSocket port speaks TLS (``wss://``)."""
+    tls_key: str | None = field(default=None, validator=attrs.validators.optional(_text))
+    """PEM file with the certificate's private key, without a password."""
     node: str = field(default="n1", validator=_text)
     drain_timeout_ms: int = _limit(
         30_000, 0, HOUR_MS, "what common supervisors wait before they kill; running turns may finish in it"
@@ -129,6 +133,11 @@ class Server:
     """Origins of browser pages that may connect, besides pages served from the gateway's own host. ``*`` allows all."""
     tokens: Mapping[str, str] = field(factory=dict, repr=False)
     """Subject → secret token. Empty: every client is the subject ``anonymous``."""
+
+    def __attrs_post_init__(self) -> None:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            given, missing = ("tls_certificate", "tls_key") if self.tls_key is None else ("tls_key", "tls_certificate")
+            raise ConfigError(f"server.{missing}", f"missing; TLS needs it beside server.{given}")
 
     @path.validator
     def _check_path(self, attribute: attrs.Attribute[str], value: str) -> None:

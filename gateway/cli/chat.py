@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
 import sys
 import uuid
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
 from urllib.parse import urlsplit
 
 import click
@@ -68,8 +70,9 @@ _YES, _NO = ("y", "yes", "true"), ("n", "no", "false")
 @click.option("--agent", default="echo", show_default=True, help="Which agent to talk to.")
 @click.option("--session", "session_id", help="Resume this session, and show what was said.")
 @click.option("--token", envvar="TRIO_GATEWAY_TOKEN", help="Who you are [also: TRIO_GATEWAY_TOKEN].")
+@click.option("--ca", metavar="FILE", help="For wss://: trust the certificates in this PEM file, not the system's.")
 @click.option("--history/--no-history", default=True, help="Whether resuming shows what was said before.")
-def chat(url: str, agent: str, session_id: str | None, token: str | None, history: bool) -> None:
+def chat(url: str, agent: str, session_id: str | None, token: str | None, ca: str | None, history: bool) -> None:
     """Talk to an agent of a gateway.
 
     URL is the gateway's address, by default ws://127.0.0.1:8765/ws. Type a message and press Enter; /stop ends the
@@ -78,8 +81,10 @@ def chat(url: str, agent: str, session_id: str | None, token: str | None, histor
     The exit code is 0, 1 if a piped message failed, 2 if there is no conversation to be had.
     """
     screen = open_screen()
+    url = _complete(url)
     try:
-        code = trio.run(_main, screen, _complete(url), agent, session_id, token, history)
+        connect = partial(open_session, url, agent, session_id=session_id, token=token, ssl_context=_trusting(ca))
+        code = trio.run(_main, screen, url, connect, history)
     except* KeyboardInterrupt:
         code = 0  # A second Ctrl-C, while leaving.
     except* BrokenPipeError:
@@ -103,8 +108,22 @@ def _complete(url: str) -> str:
     return url
 
 
-async def _main(screen: Screen, url: str, agent: str, session_id: str | None, token: str | None, history: bool) -> int:
-    async with open_session(url, agent, session_id=session_id, token=token) as session:
+def _trusting(ca: str | None) -> ssl.SSLContext | None:
+    """What verifies the gateway's certificate; None is the system's own way."""
+    if ca is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except ssl.SSLError:
+        raise ConfigError("--ca", f"{ca} holds no certificate; expected a PEM file") from None
+    except OSError as exc:
+        raise ConfigError("--ca", f"cannot read {ca}: {exc.strerror}") from None
+
+
+async def _main(
+    screen: Screen, url: str, connect: Callable[[], AbstractAsyncContextManager[Session]], history: bool
+) -> int:
+    async with connect() as session:
         return await Chat(session, screen, url, history).run()
 
 

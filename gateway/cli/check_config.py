@@ -14,6 +14,7 @@ from gateway.cli.settings import OPTIONS, TABLES, Loaded, load
 from gateway.cli.state import with_default_store
 from gateway.config import AgentConfig, Config
 from gateway.store import open_store
+from gateway.transport.tls import load_certificate
 
 _SECRET_WORDS = ("key", "token", "secret", "password")
 
@@ -34,6 +35,9 @@ def check_config(file: str | None, explain: bool) -> None:
         loaded = with_default_store(load(file))
         # Names what it would open, and opens nothing.
         open_store(loaded.config.store.url, loaded.config.limits)
+        server = loaded.config.server
+        if server.tls_certificate is not None and server.tls_key is not None:
+            load_certificate(server.tls_certificate, server.tls_key)
         for name in loaded.config.agents:
             split_spec(f"{name}=_")
     click.echo("ok")
@@ -64,7 +68,7 @@ def _agent(name: str, agent: AgentConfig, source: str) -> Iterator[str]:
 
 def _shown(path: str, value: Any) -> str:
     """A value as it may be printed: secrets are not."""
-    if any(word in path.lower() for word in _SECRET_WORDS) and not path.endswith("_env"):
+    if any(word in path.lower() for word in _SECRET_WORDS) and not path.endswith(("_env", ".tls_key")):
         if isinstance(value, Mapping):
             return f"(a secret for each of {', '.join(value)})"
         if isinstance(value, str):

@@ -7,6 +7,7 @@ out before the first client is served, as lines on stderr and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import ipaddress
 import math
@@ -27,12 +28,13 @@ from gateway.agents.loader import KINDS
 from gateway.cli.failing import errors_as_lines
 from gateway.cli.logs import set_up_logs
 from gateway.cli.settings import CONFIG_VARIABLE, Flag, Loaded, load
-from gateway.cli.signals import end_within, on_signals
+from gateway.cli.signals import end_within, on_hangup, on_signals
 from gateway.cli.state import make_folder, with_default_store
 from gateway.config import Config
 from gateway.errors import AgentLoadError, ConfigError
 from gateway.server import Gateway, open_gateway
 from gateway.session import Registered
+from gateway.transport.tls import expired, load_certificate
 
 CLEAN_UP_SECONDS = 10.0
 """From the end of the drain to the end of the process. A drain is bounded; what comes after it, such as an agent's
@@ -55,6 +57,8 @@ FLAGS = {
     "--host": ("server.host", "HOST", f"Where to listen [default: {_DEFAULT.server.host}]."),
     "--port": ("server.port", "PORT", f"For WebSocket; 0 takes a free one [default: {_DEFAULT.server.port}]."),
     "--http-port": ("server.http_port", "PORT", f"For health checks, likewise [default: {_DEFAULT.server.http_port}]."),
+    "--tls-certificate": ("server.tls_certificate", "FILE", "Speak TLS (wss://): PEM file with certificate and chain."),
+    "--tls-key": ("server.tls_key", "FILE", "PEM file with the certificate's key. SIGHUP reads both again."),
     "--store": ("store.url", "STORE", "sqlite:PATH, or memory [default: a file in the state directory]."),
     "--log-level": ("log.level", "LEVEL", f"debug, info, warning or error [default: {_DEFAULT.log.level}]."),
     "--log-format": ("log.format", "FORMAT", f"console or json [default: {_DEFAULT.log.format}]."),
@@ -192,8 +196,12 @@ async def _serve(config: Config, agents: Mapping[str, Registered], serve_http: S
         reason = name
         stop.set()
 
-    with trio.CancelScope() as everything, on_signals(first, everything.cancel):
+    with contextlib.ExitStack() as signals, trio.CancelScope() as everything:
+        signals.enter_context(on_signals(first, everything.cancel))
         async with open_gateway(config, agents) as gateway, trio.open_nursery() as nursery:
+            if config.server.tls_certificate is not None:
+                _check_dates(gateway)
+                signals.enter_context(on_hangup(partial(_reload_certificate, gateway)))
             over = trio.Event()
             http = None
             if serve_http is not None:
@@ -207,6 +215,29 @@ async def _serve(config: Config, agents: Mapping[str, Registered], serve_http: S
             over.set()
     if everything.cancelled_caught:
         _log.warning("ended_at_once")
+
+
+def _check_dates(gateway: Gateway) -> None:
+    path = gateway.config.server.tls_certificate
+    assert path is not None
+    assert gateway.ssl_context is not None
+    if expired(gateway.ssl_context, path):
+        # No reason not to start: a clock may be wrong, and clients that do not verify go on.
+        _log.warning("certificate_expired", file=path, hint="clients refuse it; renew it, then send SIGHUP")
+
+
+def _reload_certificate(gateway: Gateway) -> None:
+    """Show new connections what is in the files now. Files that are wrong change nothing."""
+    server = gateway.config.server
+    assert server.tls_certificate is not None
+    assert server.tls_key is not None
+    try:
+        gateway.ssl_context = load_certificate(server.tls_certificate, server.tls_key)
+    except ConfigError as exc:
+        _log.error("certificate_kept", error=str(exc), hint="the one read before is still shown")
+    else:
+        _log.info("certificate_reloaded", file=server.tls_certificate)
+        _check_dates(gateway)
 
 
 def _announce(config: Config, agents: list[str], gateway: Gateway, http: tuple[str, int] | None) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first one drains, the second ends at once, whatever the process is doing.
+"""SIGTERM and SIGINT: the first one drains, the second ends at once, whatever the process is doing. SIGHUP reloads.
 
 `trio.open_signal_receiver` is not used: it hands a signal to a task, and an agent that blocks the event loop would
 keep that task from running. The handlers here run between two bytecodes of the main thread, so a second signal
@@ -48,6 +48,22 @@ def on_signals(first: Callable[[str], object], second: Callable[[], object]) -> 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def on_hangup(reload: Callable[[], object]) -> Iterator[None]:
+    """Call `reload` at each SIGHUP, in trio's context. Use inside trio, in the main thread."""
+    token = trio.lowlevel.current_trio_token()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(reload, idempotent=True)
+
+    before = signal.signal(signal.SIGHUP, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def end_within(seconds: float, code: int = 0) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from ssl import SSLContext
 from typing import Any
 
 import attrs
@@ -32,6 +33,7 @@ from gateway.store import SessionRecord, Store, open_store
 from gateway.transport.memory import MemoryByteStream, memory_pair
 from gateway.transport.streams import ByteStream
 from gateway.transport.tasks import open_plain_nursery
+from gateway.transport.tls import TlsByteStream, load_certificate
 
 RECONNECT_SPREAD_MS = 5_000
 """Clients told to go away come back within so many ms, each at its own moment: 10,000 of them make 2,000 a second."""
@@ -78,11 +80,14 @@ class Gateway:
         authenticate: Authenticate,
         may_share: Callable[[str, SessionRecord], bool],
         sources: Sources,
+        ssl_context: SSLContext | None,
     ) -> None:
         limits = config.limits
         self.config = config
         self.sources = sources
         self.authenticate = authenticate
+        self.ssl_context = ssl_context
+        """For the next connections of the listening port; None: without TLS. It may be replaced, but not by None."""
         self.flusher = Flusher(sources.timer)
         self.registry = Registry(nursery, agents, store, limits, sources, may_share=may_share)
         self.admission = Admission(limits.max_pending_handshakes, limits.max_pending_handshakes_per_peer)
@@ -126,7 +131,8 @@ class Gateway:
     def url(self) -> str:
         """Where clients connect."""
         host, port = self.address
-        return f"ws://{f'[{host}]' if ':' in host else host}:{port}{self.config.server.path}"
+        scheme = "ws" if self.ssl_context is None else "wss"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self.config.server.path}"
 
     def statistics(self) -> Statistics:
         """Counts of this moment."""
@@ -238,11 +244,16 @@ class Gateway:
             self._address = str(host), int(port)
         for listener in listeners:
             # Owned by the connection nursery; ends when the listener is closed.
-            self._connections.start_soon(accept_forever, listener, self.config.limits.send_buffer_bytes, self.serve)
+            self._connections.start_soon(
+                accept_forever, listener, self.config.limits.send_buffer_bytes, self._serve_accepted
+            )
 
     def _stop_accepting(self) -> None:
         for listener in self._listeners:
             listener.socket.close()
+
+    def _serve_accepted(self, stream: ByteStream) -> None:
+        self.serve(stream if self.ssl_context is None else TlsByteStream(stream, self.ssl_context))
 
     def serve(self, stream: ByteStream) -> None:
         """Serve a client on a byte stream, which is the gateway's from now on. Never waits."""
@@ -355,6 +366,7 @@ async def open_gateway(
     may_share: Callable[[str, SessionRecord], bool] = lambda subject, record: False,
     sources: Sources | None = None,
     listen: bool = True,
+    ssl_context: SSLContext | None = None,
 ) -> AsyncIterator[Gateway]:
     """Run a gateway inside any trio program.
 
@@ -365,6 +377,7 @@ async def open_gateway(
         authenticate: token → `Identity`; by default ``server.tokens``, or everyone is ``anonymous``.
         may_share: whether a subject has a grant for a session of another subject.
         listen: False opens no port; connect with `Gateway.connect`.
+        ssl_context: a server's; the port speaks TLS with it instead of with ``server.tls_certificate`` and ``tls_key``.
 
     Leaving the block drains, within ``server.drain_timeout_ms`` and the bounds named in this module. Leaving it by an
     exception or by cancellation ends everything at once.
@@ -384,6 +397,9 @@ async def open_gateway(
     }
     if authenticate is None:
         authenticate = by_token(config.server.tokens) if config.server.tokens else anyone
+    server = config.server
+    if listen and ssl_context is None and server.tls_certificate is not None and server.tls_key is not None:
+        ssl_context = load_certificate(server.tls_certificate, server.tls_key)
     codec.structure_all()
     # Everything that can fail for a reason of the caller's does so before there is a nursery, which would wrap it.
     listeners = await bind(config.server.host, config.server.port) if listen else []
@@ -402,6 +418,7 @@ async def open_gateway(
                 authenticate=authenticate,
                 may_share=may_share,
                 sources=sources or Sources(),
+                ssl_context=ssl_context,
             )
             gateway._connections = connections
             # All owned by the gateway's nurseries, which cancel them when the block is left.

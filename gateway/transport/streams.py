@@ -38,7 +38,8 @@ class ByteStream(trio.abc.HalfCloseableStream):
 
     @abstractmethod
     def send_nowait(self, data: bytes | memoryview) -> int:
-        """Hand over what can be taken at once; return how many bytes that was, 0 if none.
+        """Hand over what can be taken at once; return how many bytes that was, 0 if none. What was not taken must be
+        what the next call begins with: under TLS it may be encrypted already.
 
         Raises:
             trio.BrokenResourceError: the line is gone.
@@ -47,7 +48,7 @@ class ByteStream(trio.abc.HalfCloseableStream):
 
     @abstractmethod
     async def send_some(self, data: bytes | memoryview) -> int:
-        """Wait until something can be taken, and return how many bytes were.
+        """Wait until something can be taken, and return how many bytes were; 0 if it was not a whole piece (TLS).
 
         Cancelling is safe: either bytes were taken and their number is returned, or none were. Errors as `send_nowait`.
         """

@@ -139,8 +139,9 @@ class _Wire(trio.abc.HalfCloseableStream):
                 raise HandshakeFailed(f"the request's head is longer than {MAX_HEAD} bytes")
             try:
                 data = await self._stream.receive_some(4096)
-            except trio.BrokenResourceError:
-                data = b""  # the library would swallow it and wait on
+            except trio.BrokenResourceError as exc:
+                # Not as it is: the library would swallow it and wait on.
+                raise HandshakeFailed(f"the line was lost during the upgrade request: {exc}") from None
             if not data:
                 raise HandshakeFailed("the peer closed during the upgrade request")
             buffer += data
