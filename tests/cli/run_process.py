@@ -49,7 +49,7 @@ class Running:
     @property
     def url(self) -> str:
         """Where its WebSocket is."""
-        return self._found(r"ws://[^\s\"]+")
+        return self._found(r"wss?://[^\s\"]+")
 
     @property
     def http(self) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import tls_certificates as certificates
 import trio
 
 from gateway import Config, Server, open_gateway, open_session
@@ -83,6 +85,20 @@ def test_the_embedded_gateway(tmp_path: Path, name: str, printed: list[str]) -> 
     (tmp_path / name).write_text(files_of(ROOT / "docs/how-to/embed.md")[name])
     done = subprocess.run([sys.executable, name], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     assert [line for line in done.stdout.splitlines() if "[info" not in line] == printed
+
+
+def test_the_gateway_with_tls(tmp_path: Path) -> None:
+    certificates.write(tmp_path, certificates.issue())
+    certificates.write_authority(tmp_path)
+    (tmp_path / "secure.py").write_text(files_of(ROOT / "docs/how-to/tls.md")["secure.py"])
+    done = subprocess.run([sys.executable, "secure.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert [line for line in done.stdout.splitlines() if "[info" not in line] == ["wss", "You said: hello"], done
+
+
+def test_the_settings_of_the_page_on_tls() -> None:
+    toml = tomllib.loads(files_of(ROOT / "docs/how-to/tls.md")["gateway.toml"])
+    assert set(toml["server"]) == {"tls_certificate", "tls_key"}
+    Server(**toml["server"])
 
 
 def test_the_generated_pages_are_current() -> None:

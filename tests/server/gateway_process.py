@@ -1,9 +1,12 @@
 """A gateway in a process of its own, to measure it: prints its port, then serves until it is killed.
 
+Arguments, if there are any: the files of its certificate and key.
 Agent ``echo`` takes a message "COUNT SIZE" and streams COUNT deltas of SIZE bytes.
 """
 
 from __future__ import annotations
+
+import sys
 
 import trio
 
@@ -17,7 +20,8 @@ async def flood(turn: Turn) -> None:
 
 
 async def main() -> None:
-    async with open_gateway(Config(server=Server(port=0)), {"echo": flood}) as gateway:
+    files = dict(zip(("tls_certificate", "tls_key"), sys.argv[1:], strict=False))
+    async with open_gateway(Config(server=Server(port=0, **files)), {"echo": flood}) as gateway:
         print(gateway.address[1], flush=True)
         await gateway.serve_forever()
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import tls_certificates as certificates
 import trio
 from wsproto import ConnectionType, WSConnection
 from wsproto.connection import ConnectionState
@@ -34,6 +36,9 @@ from gateway.server import Gateway, open_gateway
 
 PATIENCE = 20.0
 """Seconds until a test gives up waiting. Nothing is measured with it."""
+
+SECURE: ssl.SSLContext | None = None
+"""With what the gateways of a test speak TLS; set by the fixture `line`."""
 
 Frame = dict[str, Any]
 
@@ -72,6 +77,11 @@ class Plain:
         self._ready: list[Frame] = []
         self._text: list[str] = []
         self._accepted = False
+        self._sending = trio.Lock()  # a test may send while it reads, and reading answers pings and closes
+
+    async def _write(self, data: bytes) -> None:
+        async with self._sending:
+            await self.stream.send_all(data)
 
     async def upgrade(
         self,
@@ -81,7 +91,7 @@ class Plain:
         subprotocols: Sequence[str] = (),
     ) -> None:
         request = Request(host=host, target=path, extra_headers=list(headers), subprotocols=list(subprotocols))
-        await self.stream.send_all(self.ws.send(request))
+        await self._write(self.ws.send(request))
         with trio.fail_after(PATIENCE):
             while not self._accepted:
                 await self._read()
@@ -109,7 +119,7 @@ class Plain:
                 self._accepted = True
                 self.subprotocol = event.subprotocol
             elif isinstance(event, Ping):
-                await self.stream.send_all(self.ws.send(event.response()))
+                await self._write(self.ws.send(event.response()))
             elif isinstance(event, Pong):
                 self.pongs += 1
             elif isinstance(event, CloseConnection):
@@ -117,7 +127,7 @@ class Plain:
                     self.closed = Closed(event.code, event.reason or "")
                     if self.ws.state is ConnectionState.REMOTE_CLOSING:
                         with suppress(trio.BrokenResourceError):
-                            await self.stream.send_all(self.ws.send(event.response()))
+                            await self._write(self.ws.send(event.response()))
                 else:
                     self.closed = Closed(None, "")
             elif isinstance(event, RejectConnection):
@@ -164,13 +174,13 @@ class Plain:
 
     async def send_text(self, text: str) -> None:
         with trio.fail_after(PATIENCE):
-            await self.stream.send_all(self.ws.send(TextMessage(data=text)))
+            await self._write(self.ws.send(TextMessage(data=text)))
 
     async def send_raw(self, data: bytes) -> None:
-        await self.stream.send_all(data)
+        await self._write(data)
 
     async def send_event(self, event: Any) -> None:
-        await self.stream.send_all(self.ws.send(event))
+        await self._write(self.ws.send(event))
 
     async def send(self, type: str, **fields: Any) -> None:
         await self.send_text(json.dumps({"type": type, **fields}))
@@ -188,14 +198,15 @@ class Plain:
 
     async def cut(self) -> None:
         """The line breaks: no close frame, and what was on the way is lost."""
-        if isinstance(self.stream, trio.SocketStream):
-            self.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        line = self.stream.transport_stream if isinstance(self.stream, trio.SSLStream) else self.stream
+        if isinstance(line, trio.SocketStream):
+            line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         await trio.aclose_forcefully(self.stream)
 
     async def close(self, code: int = 1000) -> None:
         """Say goodbye."""
         if self.closed is None:
-            await self.stream.send_all(self.ws.send(CloseConnection(code=code)))
+            await self._write(self.ws.send(CloseConnection(code=code)))
             with trio.move_on_after(PATIENCE):
                 while self.closed is None:
                     await self._read()
@@ -296,13 +307,21 @@ async def dial(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     try:
         await sock.connect((host, port))
-        client = Plain(trio.SocketStream(sock))
+        client = Plain(_line(gateway, sock))
         upgrade.setdefault("host", f"{host}:{port}")
         await client.upgrade(**upgrade)
     except BaseException:
         sock.close()
         raise
     return client
+
+
+def _line(gateway: Gateway | tuple[str, int], sock: trio.socket.SocketType) -> Any:
+    """The stream beneath a client's WebSocket, with TLS if that is what the gateway speaks."""
+    stream = trio.SocketStream(sock)
+    if (gateway.ssl_context if isinstance(gateway, Gateway) else SECURE) is None:
+        return stream
+    return trio.SSLStream(stream, certificates.client_context(), server_hostname="localhost", https_compatible=True)
 
 
 def hello(**fields: Any) -> Frame:
@@ -347,7 +366,7 @@ async def gateway_of(
         server=Server(**{"port": 0, "drain_timeout_ms": 0, **(server or {})}),
         limits=Limits(**{"close_timeout_ms": 1000, **(limits or {})}),
     )
-    async with open_gateway(config, named, **options) as gateway:
+    async with open_gateway(config, named, **{"ssl_context": SECURE, **options}) as gateway:
         yield gateway
 
 

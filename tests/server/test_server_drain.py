@@ -14,6 +14,8 @@ from gateway.errors import ConnectionLost
 from gateway.server import Gateway, Identity
 from gateway.store.memory import MemoryStore
 
+pytestmark = pytest.mark.usefixtures("line")  # each with and without TLS
+
 
 class Held:
     """An agent that runs until it is let go."""

@@ -6,11 +6,14 @@ import json
 import time
 from collections.abc import Callable
 
+import pytest
 import trio
 from plain_client import Frame, Plain, dialled, eventually, gateway_of, hello, joined
 from wsproto.events import Ping, Pong
 
 from gateway.server import Identity, unauthorized
+
+pytestmark = pytest.mark.usefixtures("line")  # each with and without TLS
 
 BEAT = {"heartbeat_ms": 100}
 

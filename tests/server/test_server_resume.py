@@ -12,6 +12,8 @@ from plain_client import EVENTS, Frame, Plain, Reader, ended, eventually, follow
 from gateway import Turn
 from gateway.server import Gateway
 
+pytestmark = pytest.mark.usefixtures("line")  # each with and without TLS
+
 TOKENS = [f"token{n} " for n in range(30)]
 TEXT = "".join(TOKENS)
 

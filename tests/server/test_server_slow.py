@@ -6,17 +6,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import plain_client
+import pytest
+import tls_certificates as certificates
 import trio
 from plain_client import Closed, Plain, Reader, dialled, ended, eventually, follow, gateway_of, joined
 from wsproto.events import Ping
 
 from gateway import Turn
 from gateway.server import Gateway
+
+pytestmark = pytest.mark.usefixtures("line")  # each with and without TLS
 
 SMALL = {"send_buffer_bytes": 4096}
 """The kernel keeps little, so that a client that does not read is noticed soon."""
@@ -44,12 +50,18 @@ async def process() -> AsyncIterator[tuple[subprocess.Popen[str], tuple[str, int
     script = Path(__file__).with_name("gateway_process.py")
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.Popen(  # noqa: ASYNC220
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    with tempfile.TemporaryDirectory() as directory:
+        files = certificates.write(Path(directory), certificates.issue()) if plain_client.SECURE else {}
+        child = subprocess.Popen(  # noqa: ASYNC220
+            [sys.executable, str(script), *files.values()],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        port = child.stdout and await trio.to_thread.run_sync(child.stdout.readline)
     try:
         assert child.stdout is not None
-        yield child, ("127.0.0.1", int(await trio.to_thread.run_sync(child.stdout.readline)))
+        yield child, ("127.0.0.1", int(port or 0))
     finally:
         child.kill()
         child.wait()

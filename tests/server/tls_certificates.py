@@ -22,7 +22,7 @@ def issue(**options: Any) -> trustme.LeafCert:
 
 
 def long_expired() -> trustme.LeafCert:
-    return issue(not_after=datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc))
+    return issue(not_after=datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC))
 
 
 @cache
