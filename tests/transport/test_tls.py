@@ -221,7 +221,8 @@ async def test_plain_http_gets_told_in_plain_http() -> None:
     await near.send_all(b"GET /ws HTTP/1.1\r\nHost: x\r\n\r\n")
     with pytest.raises(trio.BrokenResourceError, match="HTTP_REQUEST"):
         await server.receive_some()
-    head, _, body = bytes(await near.receive_some()).partition(b"\r\n\r\n")
+    with trio.fail_after(5):
+        head, _, body = bytes(await near.receive_some()).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert b"wss://" in body
     assert b"Content-Length: %d\r" % len(body) in head + b"\r"
