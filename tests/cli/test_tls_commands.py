@@ -97,14 +97,14 @@ def test_check_config_looks_into_the_files(tmp_path: Path) -> None:
     files = certificates.write(tmp_path, certificates.issue())
     file = tmp_path / "gateway.toml"
     file.write_text("[server]\n" + "".join(f'{name} = "{path}"\n' for name, path in files.items()))
-    result = CliRunner().invoke(main, ["check-config", str(file)])
+    result = CliRunner().invoke(main, ["check-config", str(file)], env={"TRIO_GATEWAY_STORE_URL": "memory"})
     assert result.output.splitlines() == [
         "ok",
         f"server.tls_certificate = {files['tls_certificate']!r}  ({file})",
         f"server.tls_key = {files['tls_key']!r}  ({file})",
     ]
     Path(files["tls_key"]).unlink()
-    result = CliRunner().invoke(main, ["check-config", str(file)])
+    result = CliRunner().invoke(main, ["check-config", str(file)], env={"TRIO_GATEWAY_STORE_URL": "memory"})
     assert result.exit_code == 2
     assert "server.tls_key: cannot read" in result.output
 
