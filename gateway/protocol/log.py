@@ -55,6 +55,7 @@ class Entry:
     """One retained event. `payload` is its JSON with `first` as given in `first`; a delta's is made when first served.
 
     `size` is in bytes: of the text of a delta, which is what it adds to a merged one, and of the JSON of anything else.
+    `parts` of a delta that stands for several: their texts, the last of them numbered `seq`.
     """
 
     event: Event
@@ -62,6 +63,14 @@ class Entry:
     size: int
     first: int = 0
     payload: bytes | None = None
+    parts: list[str] | None = None
+
+    def text_after(self, cursor: int) -> str:
+        """Of a delta: its text without the parts up to `cursor`."""
+        parts = self.parts
+        if parts is None or cursor <= self.seq - len(parts):
+            return self.event.text  # type: ignore[attr-defined,no-any-return]
+        return "".join(parts[cursor - self.seq :])
 
     def encode(self, first: int) -> bytes:
         """The event as served with `first`. All readers share the bytes."""
@@ -124,18 +133,22 @@ class Log:
         """Encoded bytes of the non-volatile events held."""
         return self._bytes
 
-    def append(self, event: Event, payload: bytes | None = None) -> None:
+    def append(self, event: Event, payload: bytes | None = None, parts: list[str] | None = None) -> None:
         """Add a numbered event; removes what it supersedes and what no longer fits.
 
         Args:
             event: its ``seq`` must be above `head`. A jump is a hole that this event covers (lost in a crash).
             payload: the event encoded with ``first == seq``, when the caller has it already.
+            parts: of a delta that stands for several numbers, ending with its ``seq``: the text of each.
         """
-        if event.seq <= self.head:
+        if event.seq - (len(parts) - 1 if parts else 0) <= self.head:
             raise AssertionError(f"number {event.seq} was given before: the head is {self.head}")
         # Measured and encoded before anything changes: an event that has no JSON form must leave the log as it was.
         if type(event) is Delta:
-            self._append_volatile(Entry(event, event.seq, _text_bytes(event.text)), event, ("channel", event.channel))
+            entry = Entry(event, event.seq, _text_bytes(event.text))
+            if parts is not None and len(parts) > 1:
+                entry.parts = parts
+            self._append_volatile(entry, event, ("channel", event.channel))
         else:
             if payload is None:
                 payload = codec.encode_event(event, event.seq)
@@ -245,17 +258,10 @@ class Log:
             entry = entries[i]
             following = i + 1
             if type(entry.event) is Delta and (stop := self._run(i)) - i >= MERGE_FROM:
-                run = entries[i:stop]
-                last = run[-1].event
-                merged = Delta(
-                    turn_id=entry.event.turn_id,
-                    channel=entry.event.channel,
-                    text="".join([item.event.text for item in run]),  # type: ignore[attr-defined]
-                    seq=last.seq,
-                    at=last.at,
-                )
-                payload = codec.encode_event(merged, previous + 1)
                 following = stop
+                payload = _merge(entries[i:stop], position, previous)
+            elif entry.parts is not None and position > entry.seq - len(entry.parts):
+                payload = _merge([entry], position, previous)
             else:
                 payload = entry.encode(previous + 1)
             if payloads and size + len(payload) > budget:
@@ -293,3 +299,13 @@ class Log:
             if total > enough:
                 break
         return total
+
+
+def _merge(run: list[Entry], cursor: int, previous: int) -> bytes:
+    """Adjacent deltas of one turn and channel as one, for a reader at `cursor`; `previous` is retained before them."""
+    head, last = run[0], run[-1].event
+    assert isinstance(head.event, Delta)
+    inside = head.parts is not None and cursor > head.seq - len(head.parts)
+    text = [head.text_after(cursor), *(entry.event.text for entry in run[1:])]  # type: ignore[attr-defined]
+    merged = Delta(turn_id=head.event.turn_id, channel=head.event.channel, text="".join(text), seq=last.seq, at=last.at)
+    return codec.encode_event(merged, (cursor if inside else previous) + 1)

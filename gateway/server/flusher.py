@@ -1,10 +1,11 @@
-"""The one task that writes to every connection.
+"""The one task that publishes what agents stream and writes to every connection.
 
 Theory of operation
 -------------------
 A connection that has something new is *dirty*. The flusher visits the dirty ones, and each writes what it has with one
 non-blocking system call; what the kernel refuses is that connection's own business from then on. Compared with a task
-per connection this saves a task switch per event and connection, and lets many events share one write.
+per connection this saves a task switch per event and connection, and lets many events share one write. Publishers are
+visited the same way, first, so what they show goes out in the same pass.
 
 The adaptive gap: while many sessions stream, waiting a little between passes lets events pile up, so each write carries
 more. The gap is three times what the last pass took, at most 5 ms; below 0.5 ms there is none. The first event after
@@ -33,17 +34,18 @@ class Flushable(Protocol):
     dirty: bool
 
     def flush(self) -> None:
-        """Write what there is, without waiting."""
+        """Do what there is to do, without waiting."""
 
     def crashed(self, exc: Exception) -> None:
-        """`flush` failed: end the connection."""
+        """`flush` failed: end what it belongs to."""
 
 
 class Flusher:
-    """Visits dirty connections. `timer` gives seconds; a simulation passes its own."""
+    """Visits dirty publishers and connections. `timer` gives seconds; a simulation passes its own."""
 
     def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
         self._timer = timer
+        self._publishers: list[Flushable] = []
         self._dirty: list[Flushable] = []
         self._work = trio.lowlevel.ParkingLot()
         self._framed: tuple[Chunk, bytes] | None = None
@@ -53,9 +55,15 @@ class Flusher:
         """Have a connection visited in the next pass. Never waits."""
         if not connection.dirty:
             connection.dirty = True
-            if not self._dirty:
+            if not self._dirty and not self._publishers:
                 self._work.unpark()
             self._dirty.append(connection)
+
+    def mark_publisher(self, publisher: Flushable) -> None:
+        """Have a publisher visited in the next pass. It calls this once per visit. Never waits."""
+        if not self._dirty and not self._publishers:
+            self._work.unpark()
+        self._publishers.append(publisher)
 
     def frames(self, chunk: Chunk) -> bytes:
         """A chunk as WebSocket frames; the many readers of one log share the bytes."""
@@ -71,21 +79,27 @@ class Flusher:
         """Flush until cancelled. Owned by the gateway's nursery."""
         timer = self._timer
         while True:
-            if not self._dirty:
+            if not self._dirty and not self._publishers:
                 await self._work.park()
-            batch, self._dirty = self._dirty, []
             self._fresh = 0
             started = timer()
-            for connection in batch:
+            publishers, self._publishers = self._publishers, []
+            self._visit(publishers)
+            connections, self._dirty = self._dirty, []
+            for connection in connections:
                 connection.dirty = False
-                try:
-                    connection.flush()
-                except Exception as exc:
-                    # One connection's fault is not the others': they are served, it is closed.
-                    connection.crashed(exc)
+            self._visit(connections)
             self._framed = None
             gap = min(GAP_MOST, GAP_FACTOR * (timer() - started))
             if self._fresh > 1 and gap >= GAP_LEAST:
                 await trio.sleep(gap)
             else:
                 await trio.lowlevel.checkpoint()
+
+    def _visit(self, batch: list[Flushable]) -> None:
+        for one in batch:
+            try:
+                one.flush()
+            except Exception as exc:
+                # One connection's or session's fault is not the others': they are served, it is ended.
+                one.crashed(exc)

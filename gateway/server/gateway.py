@@ -89,7 +89,9 @@ class Gateway:
         self.ssl_context = ssl_context
         """For the next connections of the listening port; None: without TLS. It may be replaced, but not by None."""
         self.flusher = Flusher(sources.timer)
-        self.registry = Registry(nursery, agents, store, limits, sources, may_share=may_share)
+        self.registry = Registry(
+            nursery, agents, store, limits, sources, may_share=may_share, pace=self.flusher.mark_publisher
+        )
         self.admission = Admission(limits.max_pending_handshakes, limits.max_pending_handshakes_per_peer)
         self.connections: set[Connection] = set()
         """Every open WebSocket, joined or not."""

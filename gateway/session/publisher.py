@@ -7,8 +7,13 @@ The *intake* is for the engine itself (inputs, answers, withdrawals, the ends of
 by a limit of its own (``max_inbox``, ``max_asks``, one turn), so it needs no capacity, and none of them may wait.
 
 A pass takes all there is: first the outbox, then the intake, so an end of turn comes after everything its turn wrote.
-It numbers the events, hands the durable ones to the store as one batch, and when they are stored makes all of them
-visible in one step without an await: into the log, into the view, to whoever waits for them, to the readers.
+It numbers the events (adjacent deltas become one that has the numbers of all), hands the durable ones to the store as
+one batch, and when they are stored makes all of them visible in one step without an await: into the log, into the view,
+to whoever waits for them, to the readers.
+
+What the agent writes does not wake a task. It marks the publisher as dirty, and the gateway's flusher calls `flush` in
+its next pass, just before it visits the readers: while many sessions stream, one pass takes several deltas of each.
+Only a batch with something to store, and the engine's own events, are the publisher's task's business.
 
     stored BEFORE visible: a client, or another task, never sees a durable event that a crash could take back
     volatile events flow at once, but never before an earlier durable one
@@ -24,7 +29,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from hashlib import blake2b
 from math import inf
 
@@ -66,6 +70,10 @@ Done = Callable[[Event | None], None]
 """Called once, synchronously: with the event when it has become visible, or with None when it could not be stored."""
 
 _log = structlog.get_logger(__name__)
+
+
+MERGED_MOST = 4096
+"""Bytes of text from which on a merged delta is cut: what 5 ms of the fastest models hold."""
 
 
 @frozen
@@ -120,6 +128,8 @@ class _Item:
 class _Numbered:
     event: Event
     item: _Item | None = None
+    parts: list[str] | None = None
+    """Of a delta: the texts that were sent, one for each of its numbers."""
     payload: bytes | None = None
 
 
@@ -129,6 +139,11 @@ class Publisher:
     Args:
         reserved: the highest number that may have been shown before; numbering goes on above it.
         on_visible: called after events became visible, once per pass.
+        pace: told once when the outbox has something new; has `flush` called soon. Without it the task looks at once.
+
+    Attributes:
+        outbox: where the agent writes; whoever does calls `mark` then.
+        dirty: whether `pace` was told and `flush` has not come by yet.
     """
 
     def __init__(
@@ -143,6 +158,7 @@ class Publisher:
         next_seq: int,
         reserved: int,
         on_visible: Callable[[], None],
+        pace: Callable[[Publisher], None] | None = None,
     ) -> None:
         self._session_id = session_id
         self._log = log
@@ -151,11 +167,13 @@ class Publisher:
         self._limits = limits
         self._sources = sources
         self._on_visible = on_visible
+        self._pace = pace
+        self.dirty = False
         self._next = next_seq
         self._reserved = reserved
         self._intake: deque[_Item] = deque()
         # Capacity: `max_outbox`. More would only delay the moment at which a fast agent is told to wait.
-        self.outbox, self._outgoing = trio.open_memory_channel[Event | None](limits.max_outbox)
+        self.outbox, self._outgoing = trio.open_memory_channel[Event](limits.max_outbox)
         self._turn_id: str | None = None
         self._tails: dict[str, _Tail] = {}
         self._unsealed = 0
@@ -165,7 +183,11 @@ class Publisher:
         self._sealed = _Sealed()
         self._asks: set[str] = set()
         """The turn's open asks, as numbered: each is answered exactly once, and before the turn's end."""
+        self._work = trio.lowlevel.ParkingLot()
+        self._batch: list[_Numbered] = []
+        """Numbered, and the task's to commit."""
         self._working = False
+        self._error: Exception | None = None
         self._retrying = False
         self._unavailable = False
         self._try_again_at = -inf
@@ -178,8 +200,16 @@ class Publisher:
     ) -> None:
         """Hand in an event of the engine's own. Never waits; `done` tells when it is visible."""
         self._intake.append(_Item(what, done, digest, on_busy))
-        if len(self._intake) == 1:  # else there was a nudge, and it was not looked at yet
-            self._nudge()
+        self._work.unpark()
+
+    def mark(self) -> None:
+        """The outbox has something new. Never waits."""
+        if not self.dirty:
+            self.dirty = True
+            if self._pace is None:
+                self._work.unpark()
+            else:
+                self._pace(self)
 
     def open_turn(self, turn_id: str, asks: Iterable[str] = ()) -> None:
         """Take events of this turn from now on, as its `TurnStarted` does; events of any other turn are dropped."""
@@ -188,11 +218,6 @@ class Publisher:
         self._tails = {}
         self._unsealed = 0
         self._sealed = _Sealed()
-
-    def _nudge(self) -> None:
-        # If the outbox is full the publisher is about to look anyway; if it has ended nobody will.
-        with suppress(trio.WouldBlock, trio.BrokenResourceError):
-            self.outbox.send_nowait(None)
 
     @property
     def failing(self) -> bool:
@@ -207,30 +232,75 @@ class Publisher:
         """Whether nothing is on its way."""
         return not self._working and not self._intake and self._outgoing.statistics().current_buffer_used == 0
 
-    # the task
+    # the task, and the way without one
 
     async def run(self) -> None:
         """Publish until cancelled. When it ends, whoever waits to write gets `trio.BrokenResourceError`."""
         with self._outgoing:
-            async for event in self._outgoing:
-                self._working = True
-                batch = self._collect(event)
+            while True:
+                batch, self._batch = self._batch or self._collect(), []
+                self._working = bool(batch)
+                if self._error is not None:
+                    raise self._error
                 if batch:
                     await self._commit(batch)
-                self._working = False
+                else:
+                    await self._work.park()
 
-    def _collect(self, first: Event | None) -> list[_Numbered]:
-        """Take and number everything that waits: the outbox, then the intake."""
+    def flush(self) -> None:
+        """Take what waits. Volatile events become visible here and now; the task is woken for a batch with others."""
+        self.dirty = False
+        if self._working:
+            return  # the task takes it when it is through
+        batch = self._collect()
+        if not batch:
+            return
+        if batch[-1].event.seq <= self._reserved and all(one.event.volatile for one in batch):
+            self._show(batch)
+        else:
+            self._batch = batch
+            self._working = True
+            self._work.unpark()
+
+    def crashed(self, exc: Exception) -> None:
+        """`flush` failed: the task ends with its error."""
+        self._error = exc
+        self._work.unpark()
+
+    def _collect(self) -> list[_Numbered]:
+        """Take, merge and number everything that waits: the outbox, then the intake."""
+        self.dirty = False
         batch: list[_Numbered] = []
         now = self._sources.now_ms()
-        event = first
+        receive = self._outgoing.receive_nowait
+        delta: Delta | None = None
+        parts: list[str] = []
+        size = room = 0
         while True:
-            if event is not None:
-                self._number(event, now, batch)
             try:
-                event = self._outgoing.receive_nowait()
+                event = receive()
             except trio.WouldBlock:
                 break
+            if type(event) is Delta:
+                text = event.text
+                if delta is not None:
+                    if size < room and event.channel == delta.channel and event.turn_id == delta.turn_id:
+                        parts.append(text)
+                        size += len(text) if text.isascii() else len(text.encode())
+                        continue
+                    self._number_text(delta, parts, now, batch)
+                delta, parts = event, [text]
+                size = len(text) if text.isascii() else len(text.encode())
+                # Not beyond the point where the channel is sealed.
+                tail = self._tails.get(event.channel)
+                room = min(MERGED_MOST, self._limits.segment_bytes - (tail.size if tail else 0))
+                continue
+            if delta is not None:
+                self._number_text(delta, parts, now, batch)
+                delta = None
+            self._number(event, now, batch)
+        if delta is not None:
+            self._number_text(delta, parts, now, batch)
         while self._intake:
             item = self._intake.popleft()
             if isinstance(item.what, Finish):
@@ -239,7 +309,22 @@ class Publisher:
                 self._number(item.what, now, batch, item)
         return batch
 
-    def _number(self, event: Event, now: int, batch: list[_Numbered], item: _Item | None = None) -> None:
+    def _number_text(self, delta: Delta, parts: list[str], now: int, batch: list[_Numbered]) -> None:
+        """Number a run of deltas, each its own, and put it into the batch as one event."""
+        if len(parts) > 1:
+            delta.text = "".join(parts)
+            self._next += len(parts) - 1
+        self._number(delta, now, batch, parts=parts)
+
+    def _number(
+        self,
+        event: Event,
+        now: int,
+        batch: list[_Numbered],
+        item: _Item | None = None,
+        *,
+        parts: list[str] | None = None,
+    ) -> None:
         kind = type(event)
         if kind is TurnStarted:
             self.open_turn(event.turn_id)  # type: ignore[attr-defined]
@@ -258,7 +343,7 @@ class Publisher:
         event.seq = event.first = self._next
         event.at = now
         self._next += 1
-        batch.append(_Numbered(event, item))
+        batch.append(_Numbered(event, item, parts))
         if type(event) is Delta:
             self._add_text(event.channel, event.text, now, batch)
         elif type(event) is Output:
@@ -411,7 +496,7 @@ class Publisher:
         """Make events visible, in one step. No await here: a snapshot's state and position must agree."""
         log, view = self._log, self._view
         for one in batch:
-            log.append(one.event, one.payload)
+            log.append(one.event, one.payload, one.parts)
             view.apply(one.event)
         self._on_visible()
         for one in batch:

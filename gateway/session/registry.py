@@ -17,7 +17,7 @@ from attrs import frozen
 from gateway.config import Limits
 from gateway.errors import HandshakeRefused, StoreError, StoreUnavailable
 from gateway.protocol.messages import Hello
-from gateway.session.publisher import NUMBER_BLOCK
+from gateway.session.publisher import NUMBER_BLOCK, Publisher
 from gateway.session.session import Agent, Session
 from gateway.session.sources import Sources
 from gateway.store import SessionRecord, Store
@@ -43,6 +43,7 @@ class Registry:
     Args:
         nursery: the gateway's; it owns every session.
         may_share: whether a subject may use a session of another subject: a grant (DESIGN property 19).
+        pace: decides when what agents write is published (see `Publisher`).
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Registry:
         sources: Sources,
         *,
         may_share: Callable[[str, SessionRecord], bool] = lambda subject, record: False,
+        pace: Callable[[Publisher], None] | None = None,
     ) -> None:
         self._nursery = nursery
         self._agents = agents
@@ -61,6 +63,7 @@ class Registry:
         self._limits = limits
         self._sources = sources
         self._may_share = may_share
+        self._pace = pace
         self._sessions: dict[str, Session] = {}
         self._opening: dict[str, trio.Event] = {}
         self._reserved = 0  # sessions that are about to be in memory
@@ -221,6 +224,7 @@ class Registry:
                 reserved=NUMBER_BLOCK,
                 max_detached_ms=registered.max_detached_ms,
                 on_failed=self._failed,
+                pace=self._pace,
             )
         )
 
@@ -266,6 +270,7 @@ class Registry:
                 max_detached_ms=registered.max_detached_ms,
                 retry_lost=registered.retry_lost,
                 on_failed=self._failed,
+                pace=self._pace,
             )
         )
         await session.recovered.wait()

@@ -115,6 +115,7 @@ class Session:
         max_detached_ms: how long a turn may run with nobody attached; 0 for as long as it likes.
         retry_lost: run the inputs of a turn that was lost in a crash again.
         on_failed: told when the engine itself fails; without it, `run` raises.
+        pace: decides when what agents write is published (see `Publisher`).
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Session:
         max_detached_ms: int = 0,
         retry_lost: bool = False,
         on_failed: Callable[[Session, Exception], None] | None = None,
+        pace: Callable[[Publisher], None] | None = None,
     ) -> None:
         self.record = record
         self.limits = limits
@@ -160,6 +162,7 @@ class Session:
             next_seq=1 if stored is None else stored.reserved + 1,
             reserved=reserved,
             on_visible=self._wake_readers,
+            pace=pace,
         )
         self.recovered = trio.Event()
         """Set once a turn that the last process left open has its end in the log; nobody joins before.

@@ -184,13 +184,15 @@ class Turn:
             raise TypeError(f"text: expected str, not {type(text).__name__}")
         size = len(text) if text.isascii() else _utf8_size(text)
         self._charge(size)
-        outbox = self._outbox
+        outbox, publisher = self._outbox, self._publisher
         for piece in (text,) if size <= PIECE else [text[i : i + PIECE] for i in range(0, len(text), PIECE)]:
             if not piece:
                 continue
             delta = Delta(turn_id=self.turn_id, channel=channel, text=piece)
             try:
                 outbox.send_nowait(delta)
+                if not publisher.dirty:
+                    publisher.mark()
             except (trio.WouldBlock, trio.BrokenResourceError):
                 self._unyielded = 0
                 await self._put(delta)
@@ -355,6 +357,7 @@ class Turn:
     async def _put(self, event: Event) -> None:
         try:
             await self._outbox.send(event)
+            self._publisher.mark()
         except trio.BrokenResourceError:
             raise TurnClosed(f"the session of turn {self.turn_id} has ended") from None
 

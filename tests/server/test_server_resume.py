@@ -19,7 +19,7 @@ TEXT = "".join(TOKENS)
 
 
 class Stepper:
-    """An agent that streams a token whenever it is let."""
+    """An agent that streams a token whenever it is let, and each as a delta of its own."""
 
     def __init__(self, tokens: list[str] = TOKENS) -> None:
         self._tokens = tokens
@@ -33,6 +33,7 @@ class Stepper:
         for token in self._tokens:
             await self._take.receive()
             await turn.send(token)
+            await trio.testing.wait_all_tasks_blocked()
 
 
 async def all_at_once(turn: Turn) -> None:

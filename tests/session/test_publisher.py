@@ -15,6 +15,9 @@ from gateway.protocol.messages import Aborted, Accepted, Delta, Error, Input, Ou
 from gateway.session import Turn
 from gateway.session.publisher import NUMBER_BLOCK
 
+CHANNELS = ("answer", "reasoning")
+"""Taking turns, so that no delta is merged into the one before it and each has a number of its own."""
+
 
 async def test_accepted_only_after_it_is_stored() -> None:
     async with open_bench(echo) as bench:
@@ -76,7 +79,7 @@ async def test_numbers_are_reserved_before_they_are_shown() -> None:
 
     async def agent(turn: Turn) -> None:
         for i in range(3 * NUMBER_BLOCK):
-            await turn.send("x")
+            await turn.send("x", CHANNELS[i % 2])
             if i % 500 == 0:
                 await turn.progress("p", i)
 
@@ -93,8 +96,8 @@ async def test_running_out_of_numbers_waits_for_the_store() -> None:
     agent = Script()
 
     async def many(turn: Turn) -> None:
-        for _ in range(2 * NUMBER_BLOCK):
-            await turn.send("x")
+        for i in range(2 * NUMBER_BLOCK):
+            await turn.send("x", CHANNELS[i % 2])
 
     async with open_bench(agent, limits=Limits(max_outbox=8)) as bench:
         bench.send("r1")
@@ -107,7 +110,8 @@ async def test_running_out_of_numbers_waits_for_the_store() -> None:
         bench.store.release()
         await settle()
         await agent.finish()
-        assert bench.reader.text_of(agent.turn.turn_id) == "x" * 2 * NUMBER_BLOCK
+        for channel in CHANNELS:
+            assert bench.reader.text_of(agent.turn.turn_id, channel) == "x" * NUMBER_BLOCK
 
 
 async def test_a_store_that_cannot_write_refuses_inputs() -> None:
