@@ -1,6 +1,6 @@
-"""The agents that the gateway serves in these runs. A message names what is wanted: ``stream TAG COUNT INTERVAL_MS``.
+"""The agents that the gateway serves in these runs. A message names what is wanted: ``stream TAG COUNT [INTERVAL_MS]``.
 
-The peers under `benchmarks.peers` do the same work.
+The peers do the same work; `benchmarks.peers` says what the interval means.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ async def bench(turn: Turn) -> str | None:
     """Serve one workload's turn."""
     what, *rest = turn.input.content.split()
     if what == "stream":
-        tag, count, interval_ms = rest[0], int(rest[1]), float(rest[2])
+        tag, count, *interval_ms = rest
         if interval_ms:
-            await _paced(turn, tag, count, interval_ms / 1000)
+            await _paced(turn, tag, int(count), float(interval_ms[0]) / 1000)
         else:
-            for number in range(count):
+            for number in range(int(count)):
                 await turn.send(piece(tag, number))
     elif what == "fan":
         await _fan(turn, rest[0], int(rest[1]))
@@ -36,7 +36,10 @@ async def bench(turn: Turn) -> str | None:
 async def _paced(turn: Turn, tag: str, count: int, interval: float) -> None:
     start = trio.current_time()
     for number in range(count):
-        await trio.sleep_until(start + number * interval)
+        if interval:
+            await trio.sleep_until(start + number * interval)
+        else:
+            await trio.lowlevel.checkpoint()
         await turn.send(piece(tag, number))
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 PYTHON: dict[str, tuple[str, ...]] = {
     "asyncio": (
         "websockets==17.4",
-        "uvicorn==0.51.0",
+        "uvicorn==0.54.0",
         "starlette==1.10.0",
-        "python-socketio==5.16.2",
+        "python-socketio==5.18.1",
         "uvloop==0.23.0",
-        "httptools==0.8.0",
+        "httptools==0.9.0",
         "orjson==3.13.0",
     ),
     "praisonai": ("praisonai-bot[gateway]==0.1.16",),
@@ -28,7 +28,7 @@ PYTHON: dict[str, tuple[str, ...]] = {
 """Environment → what is installed into it. The environment ``own`` is the one that this process runs in: the gateway,
 trio-websocket, and the load generator (extra ``benchmarks``) are there."""
 
-NODE: dict[str, str] = {"ws": "8.18.3", "socket.io": "4.8.1", "bufferutil": "4.0.9"}
+NODE: dict[str, str] = {"ws": "8.23.0", "socket.io": "4.8.4", "bufferutil": "4.1.0"}
 
 
 class EnvironmentFailed(Exception):

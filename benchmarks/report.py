@@ -79,7 +79,7 @@ def table(results: Results) -> str:
                 if all(figure.name in measured for measured in rounds)
             }
             medians = {system: spread.median for system, spread in spreads.items()}
-            title = f"{figure.title}, {figure.unit}"
+            title = f"{name}: {figure.title}, {figure.unit}"
             for system, spread in spreads.items():
                 shown = f"{number(spread.median)} | {number(spread.low)} – {number(spread.high)}"
                 target = verdict(figure, system, medians) or ""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import environments
 
@@ -38,6 +39,9 @@ durability = "full"
 level = "info"
 format = "json"
 """
+
+
+SOCKET_IO = "/socket.io/?EIO=4&transport=websocket"
 
 
 class ServerFailed(Exception):
@@ -71,9 +75,14 @@ def _gateway(name: str, title: str, store: str) -> System:
     )  # fmt: skip
 
 
-def _peer(name: str, title: str, environment: str, module: str) -> System:
+def _peer(name: str, title: str, environment: str, module: str, **other: Any) -> System:
     command = ("{python}", "-m", f"benchmarks.peers.{module}", "{port}")
-    return System(name=name, title=title, environment=environment, command=command)
+    return System(name=name, title=title, environment=environment, command=command, **other)
+
+
+def _node(name: str, title: str, **other: Any) -> System:
+    command = ("node", f"{ROOT}/benchmarks/peers/bare.js", name, "{port}")
+    return System(name=name, title=title, environment="node", command=command, **other)
 
 
 SYSTEMS = {
@@ -82,6 +91,28 @@ SYSTEMS = {
         _gateway("gateway", "trio-gateway, SQLite full", "sqlite"),
         _gateway("gateway-memory", "trio-gateway, memory", "memory"),
         _peer("trio-websocket", "trio-websocket", "own", "plain_trio"),
+        _peer("websockets", "websockets on uvloop", "asyncio", "plain_websockets"),
+        _peer("starlette", "uvicorn + starlette on uvloop", "asyncio", "starlette_app"),
+        _node("ws", "Node ws"),
+        _node("socket.io", "Node socket.io", dialect="socket.io", path=SOCKET_IO),
+        _peer(
+            "python-socketio",
+            "python-socketio on uvloop",
+            "asyncio",
+            "socketio_app",
+            dialect="socket.io",
+            path=SOCKET_IO,
+        ),
+        _peer(
+            "praisonai",
+            "PraisonAI gateway",
+            "praisonai",
+            "praisonai_gateway",
+            dialect="praisonai",
+            path="/ws?token=a-token-for-benchmarks",
+            tls=False,
+            loads=frozenset({"stream", "hello", "idle"}),
+        ),
     )
 }
 
@@ -117,7 +148,7 @@ def serving(system: System, core: int, *, tls: bool = False) -> Iterator[Server]
         folder = Path(name)
         words = {"port": str(port), "folder": name}
         if system.environment == "node":
-            words["node"] = str(environments.node())
+            words["node"] = str(environments.node() / "node_modules")
         else:
             words["python"] = environments.python(system.environment)
         if system.store:

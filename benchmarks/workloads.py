@@ -41,19 +41,110 @@ def _both(bound: float) -> dict[str, float]:
     return {"gateway": bound, "gateway-memory": bound}
 
 
+def _twenty_times(peer: str) -> dict[str, tuple[str, float]]:
+    return {"gateway": (peer, 20.0), "gateway-memory": (peer, 20.0)}
+
+
+_STREAM = (
+    Figure("cpu_us_per_delta", "server CPU per delta", "µs", targets=_both(6.0)),
+    Figure("first_delta_p99_ms", "first delta, p99", "ms", targets=_both(8.0)),
+    Figure("deltas_per_s", "deltas per second", "/s", best="high", times=_twenty_times("praisonai")),
+)
+
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload(
             "stream",
-            "100 connections, each asks, gets 200 deltas of 90 bytes, and asks again",
+            "100 connections, each asks, gets 200 deltas of 90 bytes, and asks again; between two deltas the producer "
+            "lets all other tasks run, as one does that gets its tokens from elsewhere",
             "stream",
-            {"clients": 100, "count": 200, "seconds": 3.0},
+            {"clients": 100, "count": 200, "interval_ms": 0, "seconds": 3.0},
+            {"seconds": 1.0},
+            _STREAM,
+        ),
+        Workload(
+            "bulk",
+            "the same, but a producer that has its 200 deltas at once and never waits of its own accord",
+            "stream",
+            {"clients": 100, "count": 200, "interval_ms": None, "seconds": 3.0},
+            {"seconds": 1.0},
+            _STREAM,
+        ),
+        Workload(
+            "fan-out",
+            "one session, 500 connections, one event in flight",
+            "fan",
+            {"clients": 500, "burst": 1, "seconds": 3.0},
+            {"seconds": 1.0},
+            (Figure("cpu_us_per_delivery", "server CPU per delivery", "µs", targets=_both(10.0)),),
+        ),
+        Workload(
+            "bursts",
+            "one session, 500 connections, events in bursts of 8",
+            "fan",
+            {"clients": 500, "burst": 8, "seconds": 3.0},
+            {"seconds": 1.0},
+            (Figure("cpu_us_per_delivery", "server CPU per delivery", "µs", targets=_both(2.0)),),
+        ),
+        Workload(
+            "ping",
+            "32 connections, ping → pong",
+            "ping",
+            {"clients": 32, "seconds": 2.0},
+            {"seconds": 1.0},
+            (Figure("cpu_us_per_ping", "server CPU per round trip", "µs", targets=_both(25.0)),),
+        ),
+        Workload(
+            "turn",
+            "32 connections, message → accepted, input, turn_started, output, turn_ended",
+            "turn",
+            {"clients": 32, "seconds": 3.0},
             {"seconds": 1.0},
             (
-                Figure("cpu_us_per_delta", "stream: server CPU per delta", "µs", targets=_both(6.0)),
-                Figure("deltas_per_s", "stream: deltas per second", "/s", best="high"),
-                Figure("first_delta_p99_ms", "stream: first delta, p99", "ms", targets=_both(8.0)),
+                Figure(
+                    "cpu_us_per_turn", "server CPU per turn", "µs", targets={"gateway": 250.0, "gateway-memory": 150.0}
+                ),
+                Figure("turns_per_s", "turns per second", "/s", best="high"),
+            ),
+        ),
+        Workload(
+            "connect",
+            "1,000 connections, each with hello → hello_ok",
+            "hello",
+            {"clients": 1000},
+            {"clients": 500},
+            (Figure("cpu_us_per_hello", "server CPU per connection", "µs", targets=_both(500.0)),),
+        ),
+        Workload(
+            "idle",
+            "1,000 joined connections that do nothing, each with a session of its own",
+            "idle",
+            {"clients": 1000},
+            {"clients": 500},
+            (Figure("rss_kb_per_connection", "RSS per connection", "KB", targets=_both(30.0)),),
+        ),
+        Workload(
+            "scale",
+            "10 sessions stream 2,500 deltas a second in all, then 2,000 do",
+            "scale",
+            {"few": 10, "many": 2000, "rate": 2500.0, "settle": 1.0, "seconds": 3.0},
+            {"seconds": 1.0, "settle": 0.5},
+            (
+                Figure("ratio", "cost per delta, 2,000 sessions against 10", "×", targets=_both(1.3)),
+                Figure("few_cpu_us_per_delta", "server CPU per delta, 10 sessions", "µs"),
+                Figure("many_cpu_us_per_delta", "server CPU per delta, 2,000 sessions", "µs"),
+            ),
+        ),
+        Workload(
+            "storm",
+            "1,000 clients come back within a second, each with 100 events to replay",
+            "storm",
+            {"clients": 1000, "events": 100, "within": 1.0},
+            {"clients": 300},
+            (
+                Figure("all_live_s", "until all are live", "s", targets=_both(3.0)),
+                Figure("live_p99_s", "one client, from connect to live, p99", "s"),
             ),
         ),
     )

@@ -125,8 +125,8 @@ class Client(picows.WSListener):
 
     # what a load does with it
 
-    def ask(self, count: int, interval_ms: float = 0) -> asyncio.Future[Any]:
-        """Ask for an answer of `count` pieces; the future is done when it has ended."""
+    def ask(self, count: int, interval_ms: float | None = None) -> asyncio.Future[Any]:
+        """Ask for `count` pieces; the future is done when they have come. `benchmarks.peers` tells of the interval."""
         self.turn += 1
         name = tag(self.number, self.turn)
         self._answer = Numbered(name, count)
@@ -238,9 +238,10 @@ class GatewayClient(Client):
             hello["since"] = self.since
         self.send(hello)
 
-    def ask(self, count: int, interval_ms: float = 0) -> asyncio.Future[Any]:
+    def ask(self, count: int, interval_ms: float | None = None) -> asyncio.Future[Any]:
         name = tag(self.number, self.turn + 1)
-        return self.message(f"stream {name} {count} {interval_ms:g}", name, count)
+        interval = "" if interval_ms is None else f" {interval_ms:g}"
+        return self.message(f"stream {name} {count}{interval}", name, count)
 
     def message(self, content: str, name: str | None = None, count: int | None = 0) -> asyncio.Future[Any]:
         """Send a message; the future is done when its turn has ended."""
@@ -289,4 +290,66 @@ class GatewayClient(Client):
             self.ready.set_result(None)
 
 
-CLIENTS: dict[str, type[Client]] = {"plain": Client, "gateway": GatewayClient}
+class SocketIoClient(Client):
+    """The plain dialect as arguments of the event ``m``, in Engine.IO 4 packets on a WebSocket."""
+
+    def greet(self) -> None:
+        """The server speaks first."""
+
+    def send(self, frame: dict[str, Any]) -> None:
+        self.transport.send(TEXT, b"42" + orjson.dumps(["m", frame]))
+
+    def receive(self, data: bytes) -> None:
+        if data.startswith(b"42"):
+            name, frame = orjson.loads(data[2:])
+            if name != "m":
+                raise ContentError(f"unexpected: {data[:200]!r}")
+            self.handle(frame)
+        elif data.startswith(b"0"):  # engine.io is open: connect to the namespace
+            self.transport.send(TEXT, b"40")
+        elif data.startswith(b"40"):
+            self.send({"type": "hello"})
+        elif data == b"2":
+            self.transport.send(TEXT, b"3")
+        else:
+            raise ContentError(f"unexpected: {data[:200]!r}")
+
+
+class PraisonClient(Client):
+    """A client of PraisonAI's gateway. Each has an agent of its own: an agent's stream goes to all of its sessions."""
+
+    def greet(self) -> None:
+        agent = f"bench{self.number}"
+        self.send({"type": "hello", "protocol_min": 1, "protocol_max": 1, "agent_id": agent, "caps": ["streaming"]})
+
+    def ask(self, count: int, interval_ms: float | None = None) -> asyncio.Future[Any]:
+        self.turn += 1
+        name = tag(self.number, self.turn)
+        self._answer = Numbered(name, count)
+        self._started()
+        self.send({"type": "message", "request_id": name, "content": f"stream {name} {count} {interval_ms}"})
+        return self.ended
+
+    def handle(self, frame: dict[str, Any]) -> None:
+        kind = frame["type"]
+        if kind == "token_stream":
+            # Its deltas have a number of the session's, not of the answer; the text says which it is.
+            self._answer.delta(self._answer.tag, self._answer.received, frame["data"]["content"])
+            self._arrived(1)
+        elif kind == "response" and frame["status"] == "final":
+            if frame["outcome"] != {"status": "ok"}:
+                raise ContentError(f"a turn ended as {frame['outcome']}: {frame['content']}")
+            self._answer.end()
+            self.ended.set_result(None)
+        elif kind == "hello_ok":
+            self.ready.set_result(None)
+        elif kind not in ("response", "stream_end"):
+            raise ContentError(f"unexpected: {frame}")
+
+
+CLIENTS: dict[str, type[Client]] = {
+    "plain": Client,
+    "gateway": GatewayClient,
+    "socket.io": SocketIoClient,
+    "praisonai": PraisonClient,
+}

@@ -87,10 +87,12 @@ def percentile(values: list[float], share: float) -> float:
 
 
 @load
-async def stream(target: Target, tally: Tally, *, clients: int, count: int, seconds: float) -> Measured:
+async def stream(
+    target: Target, tally: Tally, *, clients: int, count: int, interval_ms: float | None, seconds: float
+) -> Measured:
     """Everyone asks, takes the whole answer, and asks again."""
     them = await connect(target, tally, range(clients))
-    await asyncio.gather(*[one.ask(count) for one in them])
+    await asyncio.gather(*[one.ask(count, interval_ms) for one in them])
     tally.first.clear()
     window = Window(target)
     before = tally.pieces, tally.frames
@@ -98,7 +100,7 @@ async def stream(target: Target, tally: Tally, *, clients: int, count: int, seco
 
     async def ask(client: Client) -> None:
         while time.perf_counter() < until:
-            await client.ask(count)
+            await client.ask(count, interval_ms)
 
     await asyncio.gather(*map(ask, them))
     measured = window.close()

@@ -26,11 +26,12 @@ async def handle(ws: WebSocketConnection, frame: dict[str, Any]) -> None:
     if kind == "ping":
         await ws.send_message(dump({"type": "pong", "nonce": frame["nonce"]}))
     elif kind == "ask":
-        tag, interval = frame["tag"], frame["interval_ms"] / 1000
+        tag, interval_ms = frame["tag"], frame["interval_ms"]
         start = trio.current_time()
         for n in range(frame["count"]):
-            if interval:
-                await trio.sleep_until(start + n * interval)
+            if interval_ms:
+                await trio.sleep_until(start + n * interval_ms / 1000)
+            # With 0 there is nothing to do: to send is a checkpoint.
             await ws.send_message(dump({"type": "delta", "tag": tag, "n": n, "text": piece(tag, n)}))
         await ws.send_message(dump({"type": "end"}))
     elif kind == "go":
