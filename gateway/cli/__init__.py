@@ -1,8 +1,8 @@
 """The command `trio-gateway`. Each subcommand is a module of this package, imported when it is asked for.
 
 `run` serves, `check_config` checks a file, `chat` talks to a gateway, `sessions` looks into a store, `spec` prints
-the protocol for machines. Behind them: `settings` loads the configuration, `logs` sets up the operator's log, `signals`
-turns signals into a drain.
+the protocol for machines, `conformance` holds a gateway to it. Behind them: `settings` loads the configuration, `logs`
+sets up the operator's log, `signals` turns signals into a drain.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ COMMANDS = {
     "check-config": "gateway.cli.check_config:check_config",
     "sessions": "gateway.cli.sessions:sessions",
     "spec": "gateway.cli.spec:spec",
+    "conformance": "gateway.cli.conformance:conformance",
 }
 
 

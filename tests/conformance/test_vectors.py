@@ -1,0 +1,161 @@
+"""The conformance vectors against our own gateway, over real sockets; and that each of them can fail."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from vector_gateway import run
+
+from gateway.errors import ConfigError
+from gateway.protocol import messages as m
+from gateway.testing.vector_runner import VectorFailed
+from gateway.testing.vectors import Vector, action_of, clauses_of, load
+
+ROOT = Path(__file__).parents[2]
+VECTORS = load()
+OF_GATEWAYS = [vector for vector in VECTORS if "gateway" in vector.sides]
+
+
+@pytest.mark.parametrize("vector", OF_GATEWAYS, ids=lambda vector: vector.id)
+async def test_our_gateway(vector: Vector) -> None:
+    await run(vector)
+
+
+# --- each expectation is looked at ---
+
+PATTERNS = ("expect", "hello_ok", "closed")
+
+
+def other(value: Any) -> Any:
+    if type(value) is str:
+        return value + "?"
+    return not value if type(value) is bool else 77 if value is None else value + 1_000
+
+
+def wrong(pattern: Any) -> Iterator[Any]:
+    """The pattern with one value changed, once for each value. Not those of `type`: they decide what is waited for."""
+    for key, inner in pattern.items():
+        if isinstance(inner, dict) and "$is" not in inner and "$add" not in inner and "$repeat" not in inner:
+            yield from ({**pattern, key: changed} for changed in wrong(inner))
+        elif isinstance(inner, list) and key in ("$contains", "transcript", "withdrawn", "presence", "queue", "asks"):
+            yield {**pattern, key: [*inner, "nobody"]}
+            for at, item in enumerate(inner):
+                for changed in wrong(item if isinstance(item, dict) else {"-": item}):
+                    yield {**pattern, key: [*inner[:at], changed.get("-", changed), *inner[at + 1 :]]}
+        elif isinstance(inner, str | int | None) and key != "type" and not str(inner).startswith("$"):
+            yield {**pattern, key: other(inner)}
+
+
+def mutants(vector: Vector) -> Iterator[tuple[int, Vector]]:
+    """The vector with one expectation changed so that no right gateway fulfils it, and the number of that step."""
+    for at, step in enumerate(vector.steps):
+        changed: list[dict[str, Any]] = []
+        for key in PATTERNS:
+            if isinstance(step.get(key), dict):
+                changed += [{**step, key: pattern} for pattern in wrong(step[key])]
+        if "text" in step:
+            changed.append({**step, "text": "?" + step["text"]})
+        if "expect_all" in step:
+            changed.append({**step, "expect_all": [*step["expect_all"][:-1], {**step["expect_all"][-1], "seq": "?"}]})
+        if not changed and "expect" in step:  # nothing but a type
+            odd = "withdrawn" if step["expect"]["type"] in m.EVENTS else "credit"
+            changed.append({**step, "expect": {"type": odd}})
+        for new in changed:
+            yield at + 1, attrs.evolve(vector, steps=(*vector.steps[:at], new, *vector.steps[at + 1 :]))
+
+
+@pytest.mark.parametrize("vector", OF_GATEWAYS, ids=lambda vector: vector.id)
+async def test_no_wrong_expectation_is_fulfilled(vector: Vector) -> None:
+    found = 0
+    for number, mutant in mutants(vector):
+        with pytest.raises(VectorFailed) as failed:
+            await run(mutant)
+        assert failed.value.step == number, failed.value
+        found += 1
+    assert found
+
+
+@pytest.mark.parametrize(
+    "silent", ["quiet", "closed", "cut"], ids=["unexpected frame", "closed too early", "nothing comes"]
+)
+async def test_what_nobody_expected_fails(silent: str) -> None:
+    ask: dict[str, Any] = {"send": {"type": "ping", "nonce": 1}}
+    steps: dict[str, list[dict[str, Any]]] = {
+        "quiet": [{"join": "a"}, {"send": {"type": "x"}}, {"quiet": "a"}],
+        "closed": [{"join": "a"}, {"send": {"type": "leave"}}, {"closed": {"code": 1000, "reason": "left"}}],
+        "cut": [{"join": "a"}, ask, {"expect": {"type": "pong", "nonce": 1}}, {"expect": {"type": "pong"}}],
+    }
+    vector = Vector(id="x", title="", profile="default", sides=("gateway",), steps=tuple(steps[silent]))
+    with pytest.raises(VectorFailed) as failed:
+        await run(vector, patience=1.0 if silent == "cut" else 30.0)
+    assert failed.value.step == len(steps[silent])
+
+
+# --- the set as a whole ---
+
+CLAUSES = re.findall(r"^- \*\*(\d+\.\d+)\*\* ", (ROOT / "docs/reference/clauses.md").read_text(), re.MULTILINE)
+WITHOUT = re.findall(
+    r"^\| (\d+\.\d+) \| ([^|]+) \| `([^`]+)` \|$", (ROOT / "docs/reference/vectors.md").read_text(), re.M
+)
+
+
+def test_clauses_are_numbered_in_order() -> None:
+    numbers = [tuple(map(int, clause.split("."))) for clause in CLAUSES]
+    assert numbers == sorted(set(numbers))
+
+
+def test_every_clause_has_a_vector_or_is_said_to_have_none() -> None:
+    cited, without = clauses_of(VECTORS), {clause for clause, _, _ in WITHOUT}
+    assert cited <= set(CLAUSES)
+    assert without <= set(CLAUSES)
+    assert not cited & without
+    assert cited | without == set(CLAUSES), sorted(set(CLAUSES) - cited - without)
+
+
+def test_the_tests_named_for_clauses_without_a_vector_exist() -> None:
+    assert WITHOUT
+    for clause, _, node in WITHOUT:
+        file, _, name = node.partition("::")
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{clause}: {node}"
+
+
+def test_every_wire_type_is_in_some_vector() -> None:
+    seen: set[str] = set()
+
+    def look(value: Any) -> None:
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+            look(item)
+        if isinstance(value, dict) and isinstance(value.get("type"), str):
+            seen.add(value["type"])
+
+    for vector in VECTORS:
+        look([dict(step) for step in vector.steps])
+        if any(action_of(step) == "join" for step in vector.steps):
+            seen.add("hello_ok")
+        if any(action_of(step) == "text" for step in vector.steps):
+            seen.add("delta")
+    assert set(m.EVENTS) | set(m.CLIENT_FRAMES) | set(m.SERVER_FRAMES) <= seen
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"steps": [{"jump": 1}]},
+        {"steps": [{"join": "a", "cut": "a"}]},
+        {"steps": [{"join": "a", "color": 1}]},
+        {"steps": [], "sides": ["moon"]},
+    ],
+    ids=["unknown action", "two actions", "unknown key", "unknown side"],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path: Path, broken: dict[str, Any]) -> None:
+    content = {"profile": "default", "vectors": [{"id": "odd.one", "title": "", **copy.deepcopy(broken)}]}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"odd\.one"):
+        load(tmp_path)
