@@ -67,6 +67,12 @@ class Limits:
     replay_max_events: int = _limit(10_000, 8, 1_000_000, "non-volatile events kept per session for replay")
     replay_max_bytes: int = _limit(8 * MIB, 64 * KIB, 1024 * MIB, "their bytes; with the count it bounds a session")
 
+    tail_max_bytes: int = _limit(
+        MIB, KIB, 1024 * MIB, "newest events of one session in memory; older ones are read from the store"
+    )
+    all_tails_max_bytes: int = _limit(
+        256 * MIB, KIB, 1024 * 1024 * MIB, "the same for all sessions together: above it each gets an equal share"
+    )
     max_outbox: int = _limit(256, 1, 65_536, "events between agent and publisher; the agent waits when it is full")
     max_sessions: int = _limit(10_000, 1, 1_000_000, "sessions in memory; resting ones are not in memory")
     max_connections: int = _limit(10_000, 1, 1_000_000, "open sockets; keep it under the process's file limit")

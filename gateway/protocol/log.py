@@ -14,23 +14,30 @@ So `first` is never stored. It is ``previous retained entry's seq + 1``, compute
 A reader is a *cursor*: the ``seq`` of the last event it has. `Log.read` returns what follows it, within a byte budget.
 `Log.floor` is the oldest cursor that can be continued without a gap; a reader below it needs a snapshot.
 
+Memory holds the newest part of that window, the *tail*. What is before it is in the store, where it was before it was
+ever here; the log keeps only the numbers and sizes of it (`_Older`). A reader below `Log.tail` gets *pages*: `page_end`
+says which events to load, `page` turns them into what the log would have served. The tail only ever moves up, so a page
+ends below it, and the last one joins the log without a seam.
+
 Invariants:
-    entries are in strictly increasing ``seq``; ``floor < entries[0].seq``; ``head >= entries[-1].seq``
-    all volatile entries belong to turns that have not ended
-    non-volatile entries are within ``max_events`` and ``max_bytes`` (but the newest one always stays)
+    entries are in strictly increasing ``seq``; ``floor <= tail < entries[0].seq``; ``head >= entries[-1].seq``
+    all volatile entries belong to turns that have not ended, and are in memory: no store has them
+    the window's non-volatile events are within ``max_events`` and ``max_bytes`` (but the newest one always stays)
+    when a turn starts, what is in memory before it is within the log's share of `Tails`
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 from attrs import define, frozen
 
 from gateway.errors import GatewayError
 from gateway.protocol import codec
-from gateway.protocol.messages import Delta, Event, Output, Progress, TurnEnded
+from gateway.protocol.messages import Delta, Event, Output, Progress, TurnEnded, TurnStarted
 
 MERGE_FROM = 8
 """Adjacent deltas are merged when at least so many wait for a reader. Below it, sending the frames that are already
@@ -48,6 +55,94 @@ def _text_bytes(text: str) -> int:
 
 class CursorExpired(GatewayError):
     """The cursor is below `Log.floor`: no gapless continuation exists; take a snapshot."""
+
+
+class NotInMemory(GatewayError):
+    """The cursor is below `Log.tail`: load a page, see `Log.page_end`."""
+
+
+class Tails:
+    """How much each of many logs may hold in memory: an equal share of what all may, but never more than `each`.
+
+    Args:
+        each: bytes that one log may hold.
+        total: bytes that all may hold.
+    """
+
+    LEAST = 16 * 1024
+    """Bytes that a log may hold in any case: a reader that is a little behind does not go to the disk."""
+
+    def __init__(self, each: int, total: int) -> None:
+        self._each = each
+        self._total = total
+        self.share = each
+
+    def divide(self, logs: int) -> None:
+        """Share among so many logs. A log notices at its next turn, or when it is told to `Log.let_go`."""
+        self.share = min(self._each, max(self.LEAST, self._total // max(1, logs)))
+
+
+UNBOUNDED = Tails(1 << 62, 1 << 62)
+"""Everything stays in memory: for a log without a store behind it."""
+
+
+class _Older:
+    """Number and size of each event of the window that is not in memory, oldest first: 12 bytes each."""
+
+    def __init__(self) -> None:
+        self._seqs = array("Q")
+        self._sizes = array("I")
+        self._start = 0  # what is before it has left the window; the arrays are cut now and then
+
+    def __len__(self) -> int:
+        return len(self._seqs) - self._start
+
+    def add(self, seq: int, size: int) -> None:
+        self._seqs.append(seq)
+        self._sizes.append(size)
+
+    def drop_oldest(self) -> tuple[int, int]:
+        start = self._start
+        dropped = self._seqs[start], self._sizes[start]
+        self._start += 1
+        if self._start > 64 and 2 * self._start > len(self._seqs):
+            del self._seqs[: self._start]
+            del self._sizes[: self._start]
+            self._start = 0
+        return dropped
+
+    def following(self, cursor: int, budget: int) -> int:
+        """The last of the events behind `cursor` that `budget` bytes hold; one at least, or 0 if there is none."""
+        last = 0
+        for i in range(bisect_right(self._seqs, cursor, self._start), len(self._seqs)):
+            budget -= self._sizes[i]
+            if last and budget < 0:
+                break
+            last = self._seqs[i]
+        return last
+
+    def backlog(self, cursor: int, enough: int) -> int:
+        """Bytes behind `cursor`; stops counting beyond `enough`."""
+        total = 0
+        for i in range(bisect_right(self._seqs, cursor, self._start), len(self._seqs)):
+            total += self._sizes[i]
+            if total > enough:
+                break
+        return total
+
+    def newest(self, most: int, budget: int) -> int:
+        """The event before the newest ones within those bounds; 0 if that is all of them."""
+        i = len(self._seqs)
+        while i > self._start and most > 0 and budget >= self._sizes[i - 1]:
+            i -= 1
+            most -= 1
+            budget -= self._sizes[i]
+        return self._seqs[i - 1] if i > self._start else 0
+
+    def before(self, cursor: int, count: int) -> tuple[int, Sequence[int]]:
+        """The event at or before `cursor` (0 if there is none), and the `count` numbers that follow it."""
+        i = bisect_right(self._seqs, cursor, self._start)
+        return (self._seqs[i - 1] if i > self._start else 0), self._seqs[i : i + count]
 
 
 @define(eq=False)
@@ -96,20 +191,44 @@ class Log:
         max_events: bound on retained non-volatile events (``replay_max_events``).
         max_bytes: bound on their encoded bytes (``replay_max_bytes``).
         base: every number up to this one is history that is not here; a new log continues with ``base + 1``.
+        older: number and size of events above `base` that the store holds, in order; the log continues behind them.
+        tails: what this log may hold in memory.
     """
 
-    def __init__(self, *, max_events: int, max_bytes: int, base: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        max_events: int,
+        max_bytes: int,
+        base: int = 0,
+        older: Sequence[tuple[int, int]] = (),
+        tails: Tails = UNBOUNDED,
+    ) -> None:
         self._entries: list[Entry] = []
+        self._tails = tails
         self._max_events = max_events
         self._max_bytes = max_bytes
-        self._events = 0  # retained, non-volatile
+        self._events = 0  # of the window, non-volatile
         self._bytes = 0  # theirs
+        self._held = 0  # bytes of those in memory
+        self._turn: int | None = None
+        """``seq`` of the running turn's start. From there on everything stays in memory: what is volatile has no other
+        place, and an agent that looks back sees the whole of its turn."""
+        self._older = _Older()
         self._open: dict[str, dict[tuple[str, str], int]] = {}
         """Turn → (kind, channel or key) → ``seq`` of its oldest volatile entry that nothing has superseded."""
         self._memo: tuple[int, int, int, Chunk] | None = None
         self.version = 0
         self.floor = base
+        """The oldest cursor that can be continued without a gap."""
+        self.tail = base
+        """The oldest cursor that can be continued from memory."""
         self.head = base
+        for seq, size in older:
+            self._older.add(seq, size)
+            self._events += 1
+            self._bytes += size
+            self.tail = self.head = seq
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -118,20 +237,25 @@ class Log:
         return (entry.event for entry in self._entries)
 
     def newest_first(self) -> Iterator[tuple[Entry, int]]:
-        """Entries from the newest to the oldest, each with its ``first``."""
+        """Entries in memory from the newest to the oldest, each with its ``first``."""
         entries = self._entries
         for i in range(len(entries) - 1, -1, -1):
-            yield entries[i], (entries[i - 1].seq if i else self.floor) + 1
+            yield entries[i], (entries[i - 1].seq if i else self.tail) + 1
 
     @property
     def retained_events(self) -> int:
-        """Non-volatile events held."""
+        """Non-volatile events of the window, in memory or not."""
         return self._events
 
     @property
     def retained_bytes(self) -> int:
-        """Encoded bytes of the non-volatile events held."""
+        """Encoded bytes of these."""
         return self._bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Encoded bytes of the non-volatile events in memory."""
+        return self._held
 
     def append(self, event: Event, payload: bytes | None = None, parts: list[str] | None = None) -> None:
         """Add a numbered event; removes what it supersedes and what no longer fits.
@@ -174,11 +298,16 @@ class Log:
             self._supersede(event.turn_id, ("channel", event.channel))
         elif type(event) is TurnEnded:
             self._supersede_turn(event.turn_id)
+            self._turn = None
         self._entries.append(entry)
         self._events += 1
         self._bytes += entry.size
+        self._held += entry.size
         if self._events > self._max_events or self._bytes > self._max_bytes:
             self._evict()
+        if type(event) is TurnStarted:
+            self._turn = event.seq
+            self.let_go()
 
     def _supersede(self, turn_id: str, slot: tuple[str, str]) -> None:
         """Remove the volatile entries of one channel or progress key."""
@@ -211,6 +340,10 @@ class Log:
 
     def _evict(self) -> None:
         """Drop from the front until the bounds hold. Cursors below the new floor expire."""
+        while self._older and (self._events > self._max_events or self._bytes > self._max_bytes):
+            self.floor, size = self._older.drop_oldest()
+            self._events -= 1
+            self._bytes -= size
         drop = 0
         last = len(self._entries) - 1
         while drop < last and (self._events > self._max_events or self._bytes > self._max_bytes):
@@ -218,10 +351,35 @@ class Log:
             if not entry.event.volatile:
                 self._events -= 1
                 self._bytes -= entry.size
+                self._held -= entry.size
             drop += 1
         if drop:
-            self.floor = self._entries[drop - 1].seq
+            self.floor = self.tail = self._entries[drop - 1].seq
             del self._entries[:drop]
+
+    def let_go(self) -> None:
+        """Leave the oldest events in memory to the store, until what is held is well within the log's share.
+
+        Done when a turn starts, and by whoever owns the log now and then; not when one ends, because what it has just
+        written is still to be sent. The store must have all non-volatile events of the log, as it does whenever they
+        are visible.
+        """
+        if self._held <= self._tails.share:
+            return
+        enough = self._tails.share * 3 // 4  # so that it is not the next event's turn again
+        drop = 0
+        last = len(self._entries) - 1
+        while drop < last and self._held > enough:
+            entry = self._entries[drop]
+            if entry.event.volatile or (self._turn is not None and entry.seq >= self._turn):
+                break
+            self._older.add(entry.seq, entry.size)
+            self._held -= entry.size
+            drop += 1
+        if drop:
+            self.tail = self._entries[drop - 1].seq
+            del self._entries[:drop]
+            self._memo = None
 
     def _after(self, cursor: int) -> int:
         """Index of the first entry with ``seq > cursor``."""
@@ -242,15 +400,17 @@ class Log:
 
         Raises:
             CursorExpired: `cursor` is below `floor`.
+            NotInMemory: it is not, but it is below `tail`.
         """
         memo = self._memo
         if memo is not None and memo[0] == cursor and memo[1] == self.version and memo[2] == budget:
             return memo[3]
-        if cursor < self.floor:
-            raise CursorExpired(f"cursor {cursor} is below the oldest cursor {self.floor}")
+        if cursor < self.tail:
+            self._check(cursor)
+            raise NotInMemory(f"what follows cursor {cursor} is in the store, up to {self.tail}")
         entries = self._entries
         i, end = self._after(cursor), len(self._entries)
-        previous = entries[i - 1].seq if i else self.floor
+        previous = entries[i - 1].seq if i else self.tail
         payloads: list[bytes] = []
         size = 0
         position = cursor
@@ -293,12 +453,65 @@ class Log:
 
     def backlog(self, cursor: int, enough: int) -> int:
         """Bytes that a reader at `cursor` has yet to get, after merging; stops counting beyond `enough`."""
-        total = 0
+        total = self._older.backlog(cursor, enough) if cursor < self.tail else 0
+        if total > enough:
+            return total
         for entry in self._entries[self._after(cursor) :]:
             total += entry.size
             if total > enough:
                 break
         return total
+
+    # what is not in memory
+
+    def _check(self, cursor: int) -> None:
+        if cursor < self.floor:
+            raise CursorExpired(f"cursor {cursor} is below the oldest cursor {self.floor}")
+
+    def page_end(self, cursor: int, budget: int) -> int:
+        """The last event of the page that follows `cursor`: load the events above `cursor` up to it.
+
+        Args:
+            cursor: below `tail`.
+            budget: bytes; the page has one event at least.
+
+        Raises:
+            CursorExpired: `cursor` is below `floor`.
+        """
+        self._check(cursor)
+        return self._older.following(cursor, budget)
+
+    def page(self, cursor: int, events: Sequence[Event]) -> Log:
+        """A log of just those events, which were loaded from the store: reading it from `cursor` gives what this one
+        would give if it had them in memory.
+
+        Raises:
+            CursorExpired: `cursor` has come to be below `floor`, or the store did not have them.
+        """
+        self._check(cursor)
+        first = self.with_first(cursor, events)[0][1]
+        page = Log(max_events=len(events), max_bytes=self._max_bytes, base=first - 1)
+        for event in events:
+            page.append(event)
+        return page
+
+    def older_than_tail(self, max_events: int, max_bytes: int) -> tuple[int, int] | None:
+        """The newest events that are not in memory, within those bounds: load them above the first number, up to the
+        second. None if there are none."""
+        after = max(self.floor, self._older.newest(max_events, max_bytes))
+        return (after, self.tail) if after < self.tail else None
+
+    def with_first(self, cursor: int, events: Sequence[Event]) -> list[tuple[Event, int]]:
+        """Loaded events that follow `cursor`, one at least, each with its ``first``.
+
+        Raises:
+            CursorExpired: they are not what the log knows to follow it.
+        """
+        previous, expected = self._older.before(cursor, len(events))
+        if not events or list(expected) != [event.seq for event in events]:
+            raise CursorExpired(f"the store lacks events behind cursor {cursor}")
+        firsts = [max(previous, self.floor) + 1, *(seq + 1 for seq in expected)]
+        return list(zip(events, firsts, strict=False))
 
 
 def _merge(run: list[Entry], cursor: int, previous: int) -> bytes:

@@ -6,6 +6,7 @@ apply the same events in the same order, so a snapshot and a replay lead to the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from attrs import define, field
@@ -113,12 +114,22 @@ class SessionView:
 
 
 def encode_snapshot(
-    view: SessionView, log: Log, *, epoch: str, reason: ResyncReason, max_events: int, max_bytes: int
+    view: SessionView,
+    log: Log,
+    *,
+    epoch: str,
+    reason: ResyncReason,
+    max_events: int,
+    max_bytes: int,
+    older: Sequence[Event] = (),
 ) -> bytes:
     """The session at ``log.head`` as one encoded `snapshot` frame of at most `max_bytes`.
 
     What is needed to go on (state, running turn, queue, open asks) always fits: the engine bounds each where it is
     written. The transcript gets the room that remains, newest events first.
+
+    Args:
+        older: the events right before those in memory, loaded from the store (`Log.older_than_tail`).
     """
     assert view.cursor == log.head or view.cursor == 0, "state and position of a snapshot must agree"
     turn = view.turn
@@ -149,11 +160,18 @@ def encode_snapshot(
 
     room = max_bytes - len(encode([], False)) - 16
     newest: list[bytes] = []
-    truncated = log.floor > 0
-    for entry, first in log.newest_first():
-        if not isinstance(entry.event, TRANSCRIPT_EVENTS):
-            continue
-        payload = entry.encode(first)
+    loaded = log.with_first(older[0].seq - 1, older) if older else []
+    truncated = (loaded[0][1] - 1 if loaded else log.tail) > 0
+
+    def newest_first() -> Iterator[bytes]:
+        for entry, first in log.newest_first():
+            if isinstance(entry.event, TRANSCRIPT_EVENTS):
+                yield entry.encode(first)
+        for event, first in reversed(loaded):
+            if isinstance(event, TRANSCRIPT_EVENTS):
+                yield codec.encode_event(event, first)
+
+    for payload in newest_first():
         room -= len(payload) + 1
         if len(newest) == max_events or room < 0:
             truncated = True

@@ -12,6 +12,10 @@ Whoever writes many of them in one step must not look slow for it, so a long que
 
     snapshot: the cursor moves to the log's head in the step that encodes it, so nothing is lost or repeated at the seam
 
+What is not in memory (`Log.tail`) is fetched by a small task, one page at a time, and written by `flush` like the rest;
+nothing waits for it but this connection. The last page ends where memory begins, so it joins the live log as any other
+read does.
+
 A client that does not read: the socket is `blocked`, nothing is read from the log for it any more, and the watch
 closes it by the rules of PROTOCOL section 7. Its events wait where they are, in the log.
 """
@@ -19,19 +23,22 @@ closes it by the rules of PROTOCOL section 7. Its events wait where they are, in
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import structlog
 import trio
 
-from gateway.errors import ConnectionLost, FrameError, HandshakeRefused
+from gateway.errors import ConnectionLost, FrameError, HandshakeRefused, StoreError
 from gateway.protocol import codec, dialects, handshake
+from gateway.protocol.log import Chunk, CursorExpired
 from gateway.protocol.messages import (
     Abort,
     Answer,
     ClientFrame,
     ClientSignal,
     Error,
+    Event,
     Health,
     Hello,
     HelloOk,
@@ -52,6 +59,7 @@ from gateway.protocol.messages import (
 from gateway.protocol.states import Do, On, State, step
 from gateway.server.auth import Identity, origin_allowed, unauthorized
 from gateway.session import Session
+from gateway.session.registry import unavailable
 from gateway.transport.frames import text_frames
 from gateway.transport.websocket import Phase, ServerWebSocket
 
@@ -98,6 +106,9 @@ class Connection:
         """Whether the message at hand is so large that what is made of it may not fit into a frame."""
         self._protocol_errors = 0
         self._refreshing = False
+        self._fetching = False
+        self._page: tuple[int, list[Event]] | None = None
+        """Fetched events, and the cursor that they follow."""
         self._baseline = 0
         """The log's head at the last join or snapshot: what it held then is no fault of a slow client."""
         self.cursor = 0
@@ -230,8 +241,32 @@ class Connection:
         if identity.expired(gateway.sources.now_ms()):
             raise unauthorized("the token has expired", close_reason="token_expired")
         session, existed = await gateway.registry.join(hello, identity.subject)
-        # No await from here on: the session may not be put to rest, and position and log must agree.
+        with session.kept():
+            older = await self._older_for(hello, session, existed)
+            # No await from here on: position and log must agree.
+            self._enter(hello, identity, session, existed, older)
+
+    async def _older_for(self, hello: Hello, session: Session, existed: bool) -> list[Event]:
+        """What a snapshot in the answer to `hello` needs of what is not in memory, if there will be one."""
+        if self._position(hello, session, existed).resync is None:
+            return []
+        try:
+            return await session.older.for_snapshot()
+        except StoreError as exc:
+            raise unavailable(str(exc)) from None
+
+    def _position(self, hello: Hello, session: Session, existed: bool) -> handshake.Position:
+        log = session.log
+        return handshake.position_for(
+            hello, existed=existed, epoch=session.record.epoch, floor=log.floor, head=log.head
+        )
+
+    def _enter(self, hello: Hello, identity: Identity, session: Session, existed: bool, older: list[Event]) -> None:
+        """Attach to the session and answer the `hello`, in one step."""
+        gateway, ws = self._gateway, self._ws
         gateway.check_admission()
+        if session.failed:
+            raise unavailable("the session has failed")
         if len(session.readers) >= self._limits.max_connections_per_session:
             raise HandshakeRefused(
                 "too_many_connections",
@@ -249,9 +284,7 @@ class Connection:
         )
         self._state, _ = step(self._state, On.HELLO)
         log = session.log
-        position = handshake.position_for(
-            hello, existed=existed, epoch=session.record.epoch, floor=log.floor, head=log.head
-        )
+        position = self._position(hello, session, existed)
         session.attach(self)
         self._session = session
         self._dialect.attach(log, session.view.asks)
@@ -285,7 +318,7 @@ class Connection:
             )
         )
         if position.resync is not None:
-            for data in self._dialect.snapshot(session.snapshot(position.resync)):
+            for data in self._dialect.snapshot(session.snapshot(position.resync, older)):
                 self._push_bytes(data)
 
     def _token(self, hello: Hello) -> str | None:
@@ -517,13 +550,12 @@ class Connection:
             self._control = []
             self._control_bytes = 0
         log = session.log
-        if self._resync is not None or self.cursor < log.floor:
-            reason = self._resync or "cursor_expired"
-            self._resync = None
-            frames += text_frames(self._dialect.snapshot(session.snapshot(reason)))
-            self.cursor = self._baseline = log.head
+        chunk = None
+        if self._resync is not None or self.cursor < log.tail:
+            chunk = self._fetched(session)
         elif self.cursor < log.head:
             chunk = self._read(log, self.cursor, FLUSH_BYTES)
+        if chunk is not None:
             events = self._gateway.flusher.frames(chunk)
             frames = frames + events if frames else events
             # Invariant: the cursor only moves forward, and only past what is in the connection's FIFO or socket.
@@ -532,8 +564,47 @@ class Connection:
         if frames:
             ws.send_frames_nowait(frames)
             self._written()
-            if not ws.blocked and self.cursor < log.head:
+            if not ws.blocked and self.cursor < log.head and not self._fetching:
                 self.wake()
+
+    # what is not in memory
+
+    def _fetched(self, session: Session) -> Chunk | None:
+        """The page behind the cursor, if it has been fetched; otherwise it, or a snapshot, will be."""
+        page, self._page = self._page, None
+        if page is not None and self._resync is None and page[0] == self.cursor:
+            with suppress(CursorExpired):  # meanwhile; a snapshot is next then
+                return self._read(session.log.page(*page), self.cursor, FLUSH_BYTES)
+            self._resync = "cursor_expired"
+        if not self._fetching:
+            self._fetching = True
+            # Owned by the gateway's nursery; ends with the store's answer.
+            self._gateway.spawn(self._fetch, session)
+        return None
+
+    async def _fetch(self, session: Session) -> None:
+        log = session.log
+        try:
+            if self._resync is not None or self.cursor < log.floor:
+                older = await session.older.for_snapshot()
+                # No await from here on: the snapshot's position is where the stream goes on.
+                reason = self._resync or "cursor_expired"
+                self._resync = None
+                for data in self._dialect.snapshot(session.snapshot(reason, older)):
+                    self._push_bytes(data)
+                self.cursor = self._baseline = log.head
+            else:
+                cursor = self.cursor
+                self._page = cursor, await session.older.read(cursor, log.page_end(cursor, FLUSH_BYTES))
+        except StoreError as exc:
+            # What the client has stays true, and it continues from there when it comes back.
+            _log.error("history_not_read", session_id=session.record.session_id, error=str(exc))
+            self.close(1011, "internal")
+        except Exception as exc:
+            self.crashed(exc)
+        finally:
+            self._fetching = False
+            self.wake()
 
     # the watch
 

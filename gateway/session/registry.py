@@ -16,6 +16,7 @@ from attrs import frozen
 
 from gateway.config import Limits
 from gateway.errors import HandshakeRefused, StoreError, StoreUnavailable
+from gateway.protocol.log import Tails
 from gateway.protocol.messages import Hello
 from gateway.session.publisher import NUMBER_BLOCK, Publisher
 from gateway.session.session import Agent, Session
@@ -66,6 +67,9 @@ class Registry:
         self._pace = pace
         self._sessions: dict[str, Session] = {}
         self._opening: dict[str, trio.Event] = {}
+        self._tails = Tails(limits.tail_max_bytes, limits.all_tails_max_bytes)
+        self._trimmed = self._tails.share
+        """What a session could hold when all were last told to keep to their share."""
         self._reserved = 0  # sessions that are about to be in memory
         self.draining = False
 
@@ -196,6 +200,7 @@ class Registry:
 
     def rest_idle(self) -> None:
         """Put the sessions to rest that have had nothing to do for ``idle_session_ms``. No await here."""
+        self._trim()
         limit = trio.current_time() - self._limits.idle_session_ms / 1000
         for session_id, session in list(self._sessions.items()):
             if session.idle_since <= limit and self._may_rest(session):
@@ -206,6 +211,13 @@ class Registry:
 
     def _rest(self, session_id: str) -> None:
         self._sessions.pop(session_id).close()
+        self._tails.divide(len(self._sessions))
+
+    def _trim(self) -> None:
+        """Have every session keep to its share of what may be in memory."""
+        self._trimmed = self._tails.share
+        for session in self._sessions.values():
+            session.log.let_go()
 
     async def _create(self, session_id: str, agent_id: str, registered: Registered, subject: str) -> Session:
         record = SessionRecord(session_id, agent_id, subject, f"e_{self._sources.new_id()}", self._sources.now_ms())
@@ -213,7 +225,7 @@ class Registry:
             try:
                 await self._store.create(record, NUMBER_BLOCK)
             except StoreError as exc:
-                raise _unavailable(str(exc)) from None
+                raise unavailable(str(exc)) from None
         return self._start(
             Session(
                 record,
@@ -223,6 +235,7 @@ class Registry:
                 self._sources,
                 reserved=NUMBER_BLOCK,
                 max_detached_ms=registered.max_detached_ms,
+                tails=self._tails,
                 on_failed=self._failed,
                 pace=self._pace,
             )
@@ -243,10 +256,13 @@ class Registry:
         with self._room():
             try:
                 stored = await self._store.load(
-                    session_id, max_events=limits.replay_max_events, max_bytes=limits.replay_max_bytes
+                    session_id,
+                    max_events=limits.replay_max_events,
+                    max_bytes=limits.replay_max_bytes,
+                    tail_bytes=self._tails.share,
                 )
             except StoreError as exc:
-                raise _unavailable(str(exc)) from None
+                raise unavailable(str(exc)) from None
         # No await from here to `_start`: the room that was kept is taken, or not needed.
         if stored is None:
             return None
@@ -269,13 +285,14 @@ class Registry:
                 stored=stored,
                 max_detached_ms=registered.max_detached_ms,
                 retry_lost=registered.retry_lost,
+                tails=self._tails,
                 on_failed=self._failed,
                 pace=self._pace,
             )
         )
         await session.recovered.wait()
         if session.failed:
-            raise _unavailable("the session could not be recovered")
+            raise unavailable("the session could not be recovered")
         return session
 
     @contextmanager
@@ -306,6 +323,9 @@ class Registry:
     def _start(self, session: Session) -> Session:
         session.draining = self.draining
         self._sessions[session.record.session_id] = session
+        self._tails.divide(len(self._sessions))
+        if 2 * self._tails.share < self._trimmed:
+            self._trim()  # in between, `rest_idle` does it: all of them at each new session would be too often
         # Owned by the gateway's nursery; ends when the session is put to rest, or with the gateway.
         self._nursery.start_soon(self._run, session)
         return session
@@ -323,11 +343,13 @@ class Registry:
         _log.error("session_failed", session_id=session.record.session_id, exc_info=exc)
         if self._sessions.get(session.record.session_id) is session:
             del self._sessions[session.record.session_id]
+            self._tails.divide(len(self._sessions))
         for reader in list(session.readers.values()):
             reader.session_failed()
 
 
-def _unavailable(why: str) -> HandshakeRefused:
+def unavailable(why: str) -> HandshakeRefused:
+    """The refusal of a client whose session cannot be read or written now."""
     return HandshakeRefused(
         "unavailable",
         f"the store cannot be used: {why}",

@@ -24,8 +24,8 @@ any more and its owner is told, who lets it be loaded again; its tasks are cance
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import structlog
 import trio
@@ -33,7 +33,7 @@ import trio
 from gateway.config import Limits
 from gateway.protocol import codec
 from gateway.protocol.keys import Key, Keys, digest_of
-from gateway.protocol.log import Log
+from gateway.protocol.log import UNBOUNDED, Log, Tails
 from gateway.protocol.messages import (
     Abort,
     Aborted,
@@ -45,14 +45,13 @@ from gateway.protocol.messages import (
     Credit,
     Error,
     ErrorInfo,
+    Event,
     Input,
     LastDisconnect,
-    Member,
     Message,
     Presence,
     RequestId,
     ResyncReason,
-    ServerFrame,
     Signal,
     TurnStarted,
     Withdrawn,
@@ -60,7 +59,9 @@ from gateway.protocol.messages import (
 from gateway.protocol.view import SessionView, encode_snapshot
 from gateway.session.failures import explain, outcome_of
 from gateway.session.inbox import Inbox, Place, QueuedInput
+from gateway.session.older import Older
 from gateway.session.publisher import Finish, Publisher
+from gateway.session.reader import Reader, after_calls
 from gateway.session.sources import Sources
 from gateway.session.turn import PendingAsk, Turn, answered
 from gateway.store import SessionRecord, Store, StoredSession
@@ -90,23 +91,6 @@ parser, may raise. `trio.Cancelled` and `KeyboardInterrupt` are for others."""
 _log = structlog.get_logger(__name__)
 
 
-class Reader(Protocol):
-    """A connection, as its session sees it. All synchronous."""
-
-    member: Member
-    told_no_credit: bool
-    """Whether the client was last told ``credit: 0``, and so must hear when there is room."""
-
-    def wake(self) -> None:
-        """There is something new behind the reader's cursor."""
-
-    def push(self, frame: ServerFrame) -> None:
-        """Send a frame without a number; droppable ones are dropped for a client that is behind."""
-
-    def session_failed(self) -> None:
-        """The session ended by an error of its own: close with 1011."""
-
-
 class Session:
     """One conversation. Made by the registry, which also runs `run` in the gateway's nursery.
 
@@ -114,6 +98,7 @@ class Session:
         stored: what the store had, or None for a new session.
         max_detached_ms: how long a turn may run with nobody attached; 0 for as long as it likes.
         retry_lost: run the inputs of a turn that was lost in a crash again.
+        tails: what the session's log may hold in memory.
         on_failed: told when the engine itself fails; without it, `run` raises.
         pace: decides when what agents write is published (see `Publisher`).
     """
@@ -130,6 +115,7 @@ class Session:
         stored: StoredSession | None = None,
         max_detached_ms: int = 0,
         retry_lost: bool = False,
+        tails: Tails = UNBOUNDED,
         on_failed: Callable[[Session, Exception], None] | None = None,
         pace: Callable[[Publisher], None] | None = None,
     ) -> None:
@@ -144,13 +130,20 @@ class Session:
         self.last_disconnect: dict[str, LastDisconnect] = {}
         self.keys = Keys(limits.resume_window_ms)
         self._agent = agent
+        self._kept = 0
         self._max_detached_ms = max_detached_ms
         self._on_failed = on_failed
         self._life = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._inbox = Inbox(max(limits.max_inbox, len(stored.queue) if stored else 0))
-        head = stored.floor if stored else 0
-        self.log = Log(max_events=limits.replay_max_events, max_bytes=limits.replay_max_bytes, base=head)
+        self.log = Log(
+            max_events=limits.replay_max_events,
+            max_bytes=limits.replay_max_bytes,
+            base=stored.floor if stored else 0,
+            older=stored.older if stored else (),
+            tails=tails,
+        )
+        self.older = Older(record.session_id, self.log, store, limits)
         self.view = SessionView()
         self.publisher = Publisher(
             record.session_id,
@@ -165,14 +158,12 @@ class Session:
             pace=pace,
         )
         self.recovered = trio.Event()
-        """Set once a turn that the last process left open has its end in the log; nobody joins before.
-
-        Set as well when the session has `failed` first.
-        """
+        """Set once a turn that the last process left open has its end in the log, or the session has `failed`; nobody
+        joins before."""
         self.failed = False
         if stored is not None:
             self._restore(stored, retry_lost)
-        if stored is None or stored.turn is None:
+        if not (stored and stored.turn):
             self.recovered.set()
 
     def _restore(self, stored: StoredSession, retry_lost: bool) -> None:
@@ -251,7 +242,7 @@ class Session:
     @property
     def at_rest(self) -> bool:
         """Whether nothing would be lost if the session left memory."""
-        return not self.readers and not self.busy and self.publisher.idle
+        return not self._kept and not self.readers and not self.busy and self.publisher.idle
 
     @property
     def credit(self) -> int:
@@ -296,8 +287,17 @@ class Session:
             if reader is not sender:
                 reader.push(signal)
 
-    def snapshot(self, reason: ResyncReason) -> bytes:
-        """The encoded snapshot at ``log.head``; the caller continues with what follows it."""
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the session in memory for someone who is about to attach to it, and has to wait first."""
+        self._kept += 1
+        try:
+            yield
+        finally:
+            self._kept -= 1
+
+    def snapshot(self, reason: ResyncReason, older: Sequence[Event] = ()) -> bytes:
+        """The encoded snapshot at ``log.head``, where the caller goes on; `older` is from `Older.for_snapshot`."""
         return encode_snapshot(
             self.view,
             self.log,
@@ -305,6 +305,7 @@ class Session:
             reason=reason,
             max_events=self.limits.snapshot_max_events,
             max_bytes=self.limits.max_frame_bytes,
+            older=older,
         )
 
     def _wake_readers(self) -> None:
@@ -476,7 +477,7 @@ class Session:
             gone = set(map(id, inputs))
             self.turn._steer = [queued for queued in self.turn._steer if id(queued) not in gone]
         self._inbox.withdraw(inputs)
-        each = _after(len(inputs), done)
+        each = after_calls(len(inputs), done)
         for queued in inputs:
             event = Withdrawn(request_id=queued.event.request_id, reason="aborted")
             self.publisher.enqueue(event, lambda _: each())
@@ -523,7 +524,7 @@ class Session:
         turn_id = None if turn is None else turn.turn_id
         withdrawn: list[str] = [queued.event.request_id for queued in inputs]
         # The turn may be ending already, so either can be in the log first; the reply promises both.
-        done = _after(1 if turn is None else 2, lambda: reader.push(Aborted(turn_id=turn_id, withdrawn=withdrawn)))
+        done = after_calls(1 if turn is None else 2, lambda: reader.push(Aborted(turn_id=turn_id, withdrawn=withdrawn)))
         self._withdraw(inputs, done)
         if turn is not None:
             turn._on_ended.append(done)
@@ -617,6 +618,7 @@ class Session:
         """Run the agent once. When this returns, the turn's `turn_ended` is visible and its work is over."""
         # Stored before the agent starts: after a crash the log says that it may have run.
         await turn._started.wait()
+        turn._older = await self.older.for_transcript()
         if turn._stop_reason is None:
             assert self._nursery is not None
             # Owned by the session; ends by itself, or by `stop_turn`. Its own task, so that an agent that does not
@@ -687,16 +689,3 @@ class Session:
         if (turn := self.turn) is not None:
             self.stop_turn(turn, "interrupted")
             await turn._ended.wait()
-
-
-def _after(count: int, done: Callable[[], None]) -> Callable[[], None]:
-    """A function that calls `done` when it is called for the last of `count` times."""
-    left = count
-
-    def one() -> None:
-        nonlocal left
-        left -= 1
-        if not left:
-            done()
-
-    return one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,8 @@ class Turn:
         self.subject = inputs[0].sender
         self.attempt = attempt
         self._session = session
+        self._older: Sequence[Event] = ()
+        """Events before those that were in memory when the turn started. Of the turn's own none leaves memory."""
         self._limits = session.limits
         self._publisher = session.publisher
         self._outbox = session.publisher.outbox
@@ -128,7 +131,8 @@ class Turn:
 
     @property
     def transcript(self) -> tuple[Event, ...]:
-        """The conversation so far, oldest first, as far as it is kept in memory.
+        """The conversation so far, oldest first: all of this turn, and before it at least half of
+        ``limits.tail_max_bytes``, as far as there is so much.
 
         Consists of `Input`, `Output`, `ToolCall`, `ToolResult`, `Answered` and `TurnEnded` events. An input stands
         where its turn started (or took it in, if it was `steered`), not where it was sent: each answer follows its
@@ -137,7 +141,7 @@ class Turn:
         own = {item.request_id for item in self.inputs}
         waiting: dict[str, Input] = {}
         result: list[Event] = []
-        for event in self._session.log:
+        for event in chain(self._older, self._session.log):
             if isinstance(event, Input):
                 waiting[event.request_id] = event
             elif isinstance(event, TurnStarted):

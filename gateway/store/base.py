@@ -68,13 +68,13 @@ class StoredInput:
 class StoredSession:
     """Everything a session needs to come back.
 
-    Invariant: ``floor < events[0].seq``, ``events`` in order of ``seq``, ``reserved >= events[-1].seq``.
+    Invariant: ``floor < older[0] <= older[-1] < events[0].seq``, ``events`` in order, ``reserved >= events[-1].seq``.
     """
 
     record: SessionRecord
     reserved: int
     floor: int
-    """The oldest cursor that the retained events continue without a gap."""
+    """The oldest cursor that `older` and `events` continue without a gap."""
     state: dict[str, Any]
     """All `state` patches merged, those of purged events too."""
     events: list[Event]
@@ -85,6 +85,8 @@ class StoredSession:
     """The turn without a `turn_ended`, if the process died in it."""
     turn_inputs: list[StoredInput]
     """That turn's inputs."""
+    older: list[tuple[int, int]] = field(factory=list)
+    """``seq`` and encoded bytes of each event above `floor` that is not in `events`, in order; see `Store.read`."""
     keys: list[tuple[str, Key]] = field(factory=list)
     """Idempotency keys in order of their ``at``."""
 
@@ -141,12 +143,25 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def load(self, session_id: str, *, max_events: int, max_bytes: int) -> StoredSession | None:
+    async def load(
+        self, session_id: str, *, max_events: int, max_bytes: int, tail_bytes: int = 1 << 62
+    ) -> StoredSession | None:
         """Bring a session back, with its newest events up to those bounds. None if it is not known.
 
         The newest event is always among them, however large. Writes of this session that were handed over before
         (also by a caller that was cancelled) are waited for, so what is loaded is the whole truth. The `first` of
         the events means nothing.
+
+        Args:
+            max_events, max_bytes: the window: what lies before it is as good as gone.
+            tail_bytes: of the window, only so many bytes are loaded, but all of an open turn; the rest is `older`.
+        """
+
+    @abstractmethod
+    async def read(self, session_id: str, after: int, upto: int) -> list[Event]:
+        """The stored events with ``after < seq <= upto``, in order. The caller keeps the range small.
+
+        The `first` of the events means nothing. Nothing that is unknown or was purged is among them.
         """
 
     @abstractmethod

@@ -72,4 +72,4 @@ def summaries(path: str, session_id: str | None = None) -> list[Summary]:
 def read_session(path: str, session_id: str) -> StoredSession | None:
     """One session with every event that is kept of it."""
     with open_read_only(path) as connection:
-        return sqlite_reader.load(connection, session_id, 2**62, 2**62)
+        return sqlite_reader.load(connection, session_id, 2**62, 2**62, 2**62)

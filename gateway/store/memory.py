@@ -85,30 +85,43 @@ class MemoryStore(Store):
             raise StoreRefused(f"session {record.session_id} exists already")
         self._sessions[record.session_id] = _Session(record, reserved, record.created_at)
 
-    async def load(self, session_id: str, *, max_events: int, max_bytes: int) -> StoredSession | None:
+    async def load(
+        self, session_id: str, *, max_events: int, max_bytes: int, tail_bytes: int = 1 << 62
+    ) -> StoredSession | None:
         session = self._sessions.get(session_id)
         if session is None:
             return None
         newest: list[Event] = []
+        older: list[tuple[int, int]] = []
         floor, total = session.floor, 0
+        open_from = session.turn.seq if session.turn else 1 << 62
         for event, size, _ in reversed(session.events):
             total += size
-            if newest and (len(newest) == max_events or total > max_bytes):
+            if newest and (len(newest) + len(older) == max_events or total > max_bytes):
                 floor = event.seq
                 break
-            newest.append(event)
+            if newest and total > tail_bytes and event.seq < open_from:
+                older.append((event.seq, size))
+            else:
+                newest.append(event)
         newest.reverse()
+        older.reverse()
         return StoredSession(
             record=session.record,
             reserved=session.reserved,
             floor=floor,
             state=session.state,
             events=newest,
+            older=older,
             queue=[item.stored for item in session.inputs.values() if item.turn is None],
             turn=session.turn,
             turn_inputs=[item.stored for item in session.inputs.values() if item.turn is not None],
             keys=list(session.keys.items()),
         )
+
+    async def read(self, session_id: str, after: int, upto: int) -> list[Event]:
+        session = self._sessions.get(session_id)
+        return [event for event, _, _ in session.events if after < event.seq <= upto] if session else []
 
     async def append(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
         session = self._sessions.get(session_id)

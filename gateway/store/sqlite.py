@@ -55,6 +55,7 @@ from attrs import frozen
 
 from gateway.config import MIB
 from gateway.errors import StoreUnavailable
+from gateway.protocol.messages import Event
 from gateway.store import sqlite_reader
 from gateway.store.base import Purged, Retention, SessionRecord, Store, Stored, StoredSession
 from gateway.store.sqlite_file import (
@@ -297,13 +298,17 @@ class SqliteStore(Store):
         except sqlite3.Error as exc:
             raise explain(exc, self._path) from exc
 
-    async def load(self, session_id: str, *, max_events: int, max_bytes: int) -> StoredSession | None:
+    async def load(
+        self, session_id: str, *, max_events: int, max_bytes: int, tail_bytes: int = 1 << 62
+    ) -> StoredSession | None:
         last = self._last.get(session_id)
         if last is not None:
             await last.done.wait()
-        return await self._read(
-            partial(sqlite_reader.load, session_id=session_id, max_events=max_events, max_bytes=max_bytes)
-        )
+        look = partial(sqlite_reader.load, max_events=max_events, max_bytes=max_bytes, tail_bytes=tail_bytes)
+        return await self._read(partial(look, session_id=session_id))
+
+    async def read(self, session_id: str, after: int, upto: int) -> list[Event]:
+        return await self._read(partial(sqlite_reader.read, session_id=session_id, after=after, upto=upto))
 
     async def unfinished(self) -> list[str]:
         return await self._read(sqlite_reader.unfinished)

@@ -32,8 +32,10 @@ def _one_look(connection: sqlite3.Connection) -> Iterator[None]:
             connection.execute("COMMIT")
 
 
-def load(connection: sqlite3.Connection, session_id: str, max_events: int, max_bytes: int) -> StoredSession | None:
-    """A session with its newest events within those bounds.
+def load(
+    connection: sqlite3.Connection, session_id: str, max_events: int, max_bytes: int, tail_bytes: int = 1 << 62
+) -> StoredSession | None:
+    """A session with its newest events within those bounds; see `gateway.store.Store.load`.
 
     Raises:
         StoreUnusable: what is stored for it cannot be read.
@@ -49,16 +51,25 @@ def load(connection: sqlite3.Connection, session_id: str, max_events: int, max_b
             return None
         id_, agent_id, subject, epoch, born_in, created_at, reserved, floor, turn, state, generation = row
         # The first event that does not fit any more, counted from the newest.
-        (below,) = connection.execute(
-            """SELECT max(seq) FROM (
+        below, tail = connection.execute(
+            """SELECT max(seq) FILTER (WHERE n > ?3 OR total > ?4), max(seq) FILTER (WHERE total > ?5) FROM (
                 SELECT seq, row_number() OVER newest AS n, sum(length(payload)) OVER newest AS total
-                FROM events WHERE session = ? AND seq > ? WINDOW newest AS (ORDER BY seq DESC))
-            WHERE n > 1 AND (n > ? OR total > ?)""",
-            (id_, floor, max_events, max_bytes),
+                FROM events WHERE session = ?1 AND seq > ?2 WINDOW newest AS (ORDER BY seq DESC))
+            WHERE n > 1""",
+            (id_, floor, max_events, max_bytes, tail_bytes),
         ).fetchone()
         if below is not None:
             floor = below
-        events = _events(connection, "session = ? AND seq > ?", (id_, floor))
+        tail = max(floor, tail or 0)
+        if turn is not None:
+            tail = max(floor, min(tail, turn - 1))
+        (text,) = connection.execute(
+            """SELECT json_group_array(json_array(seq, length(payload))) FROM events
+            WHERE session = ? AND seq > ? AND seq <= ?""",
+            (id_, floor, tail),
+        ).fetchone()
+        older = sorted((seq, size) for seq, size in orjson.loads(text))
+        events = _events(connection, "session = ? AND seq > ?", (id_, tail))
         patches = _payloads(connection, "session = ? AND type = 'state'", (id_,))
         (text,) = connection.execute(
             """SELECT json_group_array(json_array(seq, request_id, hex(digest), at, on_busy, turn, done)) FROM inputs
@@ -94,11 +105,22 @@ def load(connection: sqlite3.Connection, session_id: str, max_events: int, max_b
         floor=floor,
         state=merged,
         events=events,
+        older=older,
         queue=waiting,
         turn=started,  # type: ignore[arg-type]
         turn_inputs=taken,
         keys=sorted(keys.items(), key=lambda item: item[1].at),
     )
+
+
+def read(connection: sqlite3.Connection, session_id: str, after: int, upto: int) -> list[Event]:
+    """A session's events with ``after < seq <= upto``.
+
+    Raises:
+        StoreUnusable: one of them cannot be read.
+    """
+    where = "session = (SELECT id FROM sessions WHERE session_id = ?) AND seq > ? AND seq <= ?"
+    return _events(connection, where, (session_id, after, upto))
 
 
 def _epoch(epoch: str, born_in: str, generation: str) -> str:

@@ -364,6 +364,48 @@ async def test_what_a_load_leaves_out_is_still_in_the_facts(make: Make) -> None:
         assert [name for name, _ in found.keys] == ["a", "b"]
 
 
+# --- a load of the tail, and the rest page by page -------------------------------------------------------------------
+
+
+async def test_a_load_of_the_tail_names_the_rest_and_read_gives_it(make: Make) -> None:
+    async with make() as store:
+        script = await Script(store).create()
+        for i in range(30):
+            script.seq += i % 3  # deltas had those numbers
+            await script.write(script.output("x" * i))
+        sizes = {event.seq: len(stored(event).payload) for event in script.written}
+        whole = await script.load(max_events=20)
+        for tail_bytes in (0, sizes[script.seq], 700, 1 << 40):
+            found = await script.load(max_events=20, tail_bytes=tail_bytes)
+            assert found.floor == whole.floor
+            assert [*found.older, *((seq, sizes[seq]) for seq in seqs(found))] == [
+                (seq, sizes[seq]) for seq in seqs(whole)
+            ]
+            held = sum(sizes[seq] for seq in seqs(found))
+            assert held <= tail_bytes or len(found.events) == 1
+            assert not found.older or held + found.older[-1][1] > tail_bytes, "as much as fits"
+            older = await store.read("s", found.floor, found.events[0].seq - 1)
+            assert [*older, *found.events] == whole.events
+            for after, upto in [(found.floor, found.floor), (script.seq, script.seq + 5), (5, 4)]:
+                assert await store.read("s", after, upto) == []
+            middle = script.written[15].seq
+            assert [event.seq for event in await store.read("s", middle - 1, middle)] == [middle]
+        assert await store.read("nobody", 0, 100) == []
+
+
+async def test_an_open_turn_is_loaded_as_a_whole(make: Make) -> None:
+    async with make() as store:
+        script = await Script(store).create()
+        await script.write(*[script.output() for _ in range(5)], script.input("a"), script.start("t2", "a"))
+        await script.write(*[script.output(turn_id="t2") for _ in range(10)])
+        found = await script.load(tail_bytes=1)
+        assert (seqs(found), [seq for seq, _ in found.older]) == (list(range(7, 18)), [1, 2, 3, 4, 5, 6])
+        found = await script.load(tail_bytes=1, max_events=4)
+        assert (found.floor, seqs(found), found.older) == (13, [14, 15, 16, 17], [])
+        await script.write(script.end("t2"))
+        assert seqs(await script.load(tail_bytes=1)) == [18]
+
+
 # --- retention while appending ---------------------------------------------------------------------------------------
 
 
