@@ -108,11 +108,15 @@ def configuration() -> str:
         low, high = field.metadata["low"], field.metadata["high"]
         out.append(f"| `{field.name}` | {field.default:,} | {low:,} – {high:,} | {field.metadata['why']} |")
     for title, cls in (("[server]", Server), ("[store]", Store), ("[log]", Log)):
-        out += [f"\n## `{title}`\n", "| setting | default |", "|---|---|"]
+        out += [f"\n## `{title}`\n", "| setting | default | range | why |", "|---|---|---|---|"]
         for field in attrs.fields(cls):
             default = field.default
             value = "empty" if isinstance(default, attrs.Factory) or default == () else f"`{default}`"  # type: ignore[arg-type]
-            out.append(f"| `{field.name}` | {value} |")
+            if "why" in field.metadata:
+                low, high = field.metadata["low"], field.metadata["high"]
+                out.append(f"| `{field.name}` | {default:,} | {low:,} – {high:,} | {field.metadata['why']} |")
+            else:
+                out.append(f"| `{field.name}` | {value} | | |")
     assert attrs.fields(Config)
     out += [
         "\n## `[agents.NAME]`\n",

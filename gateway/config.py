@@ -159,7 +159,12 @@ class Server:
 
 @frozen(kw_only=True)
 class Store:
-    """Where sessions are kept (table ``[store]``)."""
+    """Where sessions are kept, and for how long (table ``[store]``).
+
+    A purge removes whole sessions, but never one that is in use, has something unfinished, or may still be resumed
+    (``limits.resume_window_ms``). One session alone is bounded by ``limits.replay_max_events`` and
+    ``replay_max_bytes``.
+    """
 
     TABLE = "store"
 
@@ -167,6 +172,11 @@ class Store:
     """``memory``, or ``sqlite:PATH``."""
     durability: Literal["full", "normal"] = field(default="full", validator=_one_of("full", "normal"))
     """``full``: what was accepted survives a crash of the machine; ``normal``: one of the process."""
+    keep_ms: int = _limit(
+        30 * 24 * HOUR_MS, 1000, 3650 * 24 * HOUR_MS, "idle sessions in a file; at least resume_window_ms in any case"
+    )
+    max_sessions: int = _limit(1_000_000, 1, 1_000_000_000, "stored sessions; beyond it the longest idle go first")
+    max_total_bytes: int = _limit(10 * 1024 * MIB, MIB, 1024 * 1024 * MIB, "bytes of their events; the same")
 
 
 @frozen(kw_only=True)

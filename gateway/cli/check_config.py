@@ -34,7 +34,7 @@ def check_config(file: str | None, explain: bool) -> None:
     with errors_as_lines():
         loaded = with_default_store(load(file))
         # Names what it would open, and opens nothing.
-        open_store(loaded.config.store.url, loaded.config.limits)
+        open_store(loaded.config.store, loaded.config.limits)
         server = loaded.config.server
         if server.tls_certificate is not None and server.tls_key is not None:
             load_certificate(server.tls_certificate, server.tls_key)

@@ -39,7 +39,7 @@ RECONNECT_SPREAD_MS = 5_000
 """Clients told to go away come back within so many ms, each at its own moment: 10,000 of them make 2,000 a second."""
 
 PURGE_EVERY_SECONDS = 600
-"""Sessions are kept for a day by default; ten minutes more do not matter, and a purge of a large file takes a while."""
+"""Sessions are kept for at least a day by default; ten minutes more do not matter, and a large file takes a while."""
 
 SETTLE_SECONDS = 1.0
 """For replies that are not sent yet, before connections are closed in a drain."""
@@ -407,7 +407,7 @@ async def open_gateway(
     listeners = await bind(config.server.host, config.server.port) if listen else []
     try:
         async with (
-            store or open_store(config.store.url, config.limits, durability=config.store.durability) as opened,
+            store or open_store(config.store, config.limits) as opened,
             open_plain_nursery() as nursery,
             # Inside, so that connections end before what serves them.
             open_plain_nursery() as connections,

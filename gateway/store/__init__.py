@@ -7,6 +7,7 @@ only when it is asked for.
 from __future__ import annotations
 
 from gateway.config import Limits
+from gateway.config import Store as StoreSettings
 from gateway.errors import ConfigError
 from gateway.store.base import Purged, Retention, SessionRecord, Store, Stored, StoredInput, StoredSession
 from gateway.store.memory import MemoryStore
@@ -24,22 +25,24 @@ __all__ = [
 ]
 
 
-def open_store(url: str, limits: Limits, *, durability: str = "full") -> Store:
-    """The store that `url` names, to be entered with ``async with``.
+def open_store(settings: StoreSettings, limits: Limits) -> Store:
+    """The store that ``settings.url`` names, to be entered with ``async with``.
 
     Args:
-        url: ``memory``, or ``sqlite:PATH``.
-        limits: ``replay_max_events`` and ``replay_max_bytes`` bound a session, ``resume_window_ms`` says how long an
-            idle one is kept.
-        durability: for ``sqlite``: ``full`` or ``normal``.
+        limits: ``replay_max_events`` and ``replay_max_bytes`` bound a session; ``resume_window_ms`` is how long an idle
+            one is kept at least, and in memory at most.
 
     Raises:
-        ConfigError: the URL names no store, or there is no such durability.
+        ConfigError: the URL names no store.
     """
-    retention = Retention(resume_window_ms=limits.resume_window_ms, max_age_ms=limits.resume_window_ms)
+    url = settings.url
+    retention = Retention(
+        resume_window_ms=limits.resume_window_ms,
+        max_age_ms=limits.resume_window_ms if url == "memory" else settings.keep_ms,
+        max_sessions=settings.max_sessions,
+        max_total_bytes=settings.max_total_bytes,
+    )
     max_events, max_bytes = limits.replay_max_events, limits.replay_max_bytes
-    if durability not in ("full", "normal"):
-        raise ConfigError("store.durability", f"expected 'full' or 'normal', got {durability!r}")
     if url == "memory":
         return MemoryStore(max_events=max_events, max_bytes=max_bytes, retention=retention)
     scheme, _, path = url.partition(":")
@@ -51,7 +54,7 @@ def open_store(url: str, limits: Limits, *, durability: str = "full") -> Store:
 
     return SqliteStore(
         path,
-        durability="full" if durability == "full" else "normal",
+        durability=settings.durability,
         max_events=max_events,
         max_bytes=max_bytes,
         retention=retention,

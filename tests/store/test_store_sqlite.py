@@ -22,6 +22,7 @@ import trio.testing
 from store_helpers import MANY, Script, queue, seqs, taken
 
 from gateway.config import Limits
+from gateway.config import Store as StoreSettings
 from gateway.errors import ConfigError, StoreError, StoreFenced, StoreRefused, StoreUnavailable, StoreUnusable
 from gateway.protocol import messages as m
 from gateway.store import MemoryStore, Retention, open_store
@@ -840,27 +841,38 @@ async def test_the_space_of_what_was_purged_is_used_again(path: str) -> None:
 
 async def test_open_store(tmp_path: Path) -> None:
     limits = Limits(replay_max_events=8)
-    assert isinstance(open_store("memory", limits), MemoryStore)
-    async with open_store(f"sqlite:{tmp_path}/x.db", limits) as store:
+    assert isinstance(open_store(StoreSettings(), limits), MemoryStore)
+    async with open_store(StoreSettings(url=f"sqlite:{tmp_path}/x.db"), limits) as store:
         assert isinstance(store, SqliteStore)
         assert store.durable
         script = await Script(store).create()
         for _ in range(20):
             await script.write(script.output())
         assert len((await script.load()).events) <= 10
-    assert not open_store(f"sqlite:{tmp_path}/x.db", limits, durability="normal").durable
+    assert not open_store(StoreSettings(url=f"sqlite:{tmp_path}/x.db", durability="normal"), limits).durable
 
 
-@pytest.mark.parametrize("url", ["", "sqlite", "sqlite:", "redis://x", "memory:", "sqlite::memory:", "/tmp/x.db"])
+@pytest.mark.parametrize("url", ["sqlite", "sqlite:", "redis://x", "memory:", "sqlite::memory:", "/tmp/x.db"])
 def test_an_unknown_url(url: str) -> None:
     with pytest.raises(ConfigError, match=r"store\.url: expected .*'?memory'?") as caught:
-        open_store(url, Limits())
+        open_store(StoreSettings(url=url), Limits())
     assert caught.value.key == "store.url"
 
 
-def test_an_unknown_durability() -> None:
-    with pytest.raises(ConfigError, match="'full' or 'normal'"):
-        open_store("memory", Limits(), durability="some")
+async def test_a_file_keeps_sessions_for_longer_than_they_can_be_resumed_and_memory_does_not(tmp_path: Path) -> None:
+    limits = Limits(resume_window_ms=1000)
+    for url, day in (("memory", 1), (f"sqlite:{tmp_path}/x.db", 30)):
+        keep = StoreSettings(url=url, keep_ms=30_000, max_sessions=2)
+        async with open_store(keep, limits) as store:
+            for n in range(4):
+                script = await Script(store, f"s{n}").create()
+                await script.write(script.make(m.Custom, name="n", at=n))
+            assert (await store.purge(now=1000, in_use=())).sessions_left == 4, "they may still be resumed"
+            assert (await store.purge(now=1010, in_use=())).sessions_left == (0 if day == 1 else 2)
+            assert (await store.purge(now=30_003, in_use=())).sessions_left == (0 if day == 1 else 1)
+            assert (await store.purge(now=30_004, in_use=())).sessions_left == 0
+    with pytest.raises(ConfigError, match=r"store\.keep_ms"):
+        StoreSettings(keep_ms=0)
 
 
 def test_sqlite_is_imported_only_when_asked_for() -> None:
