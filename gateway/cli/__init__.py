@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "gateway.cli.chat:chat",
     "check-config": "gateway.cli.check_config:check_config",
     "sessions": "gateway.cli.sessions:sessions",
+    "fuzz": "gateway.cli.fuzz:fuzz",
     "spec": "gateway.cli.spec:spec",
     "conformance": "gateway.cli.conformance:conformance",
 }

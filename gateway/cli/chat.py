@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import os
 import signal
-import ssl
 import sys
 import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
-from urllib.parse import urlsplit
 
 import click
 import trio
 
+from gateway.cli.address import complete_url, trusting
 from gateway.cli.terminal import STDIN, Screen, open_lines, open_screen
 from gateway.client import Session, open_session
 from gateway.errors import ClientError, ConfigError, RequestRefused, SessionClosed, SessionRefused
@@ -81,9 +80,9 @@ def chat(url: str, agent: str, session_id: str | None, token: str | None, ca: st
     The exit code is 0, 1 if a piped message failed, 2 if there is no conversation to be had.
     """
     screen = open_screen()
-    url = _complete(url)
+    url = complete_url(url)
     try:
-        connect = partial(open_session, url, agent, session_id=session_id, token=token, ssl_context=_trusting(ca))
+        connect = partial(open_session, url, agent, session_id=session_id, token=token, ssl_context=trusting(ca))
         code = trio.run(_main, screen, url, connect, history)
     except* KeyboardInterrupt:
         code = 0  # A second Ctrl-C, while leaving.
@@ -97,27 +96,6 @@ def chat(url: str, agent: str, session_id: str | None, token: str | None, ca: st
         click.echo(f"trio-gateway: {error}", err=True)
         code = 2
     sys.exit(code)
-
-
-def _complete(url: str) -> str:
-    """Add the gateway's usual path to an address without one."""
-    with suppress(ValueError):
-        parts = urlsplit(url)
-        if parts.scheme in ("ws", "wss") and parts.path in ("", "/") and not parts.query:
-            return parts._replace(path="/ws").geturl()
-    return url
-
-
-def _trusting(ca: str | None) -> ssl.SSLContext | None:
-    """What verifies the gateway's certificate; None is the system's own way."""
-    if ca is None:
-        return None
-    try:
-        return ssl.create_default_context(cafile=ca)
-    except ssl.SSLError:
-        raise ConfigError("--ca", f"{ca} holds no certificate; expected a PEM file") from None
-    except OSError as exc:
-        raise ConfigError("--ca", f"cannot read {ca}: {exc.strerror}") from None
 
 
 async def _main(

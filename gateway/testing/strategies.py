@@ -376,6 +376,7 @@ _CONTENTS = st.sampled_from(
 """What the built-in demo agent knows as commands is only text to any other."""
 
 
+@cache
 def hellos(version: int = 2) -> SearchStrategy[Frame]:
     """Opening frames of a dialogue, most of them valid; with names as in `gateway.testing.dialogue`."""
     maybe: Frame = {"since": _SINCE}
@@ -408,6 +409,7 @@ def _good_hello(version: int, since: Any = None) -> Frame:
     return fields if since is None else {**fields, "since": since}
 
 
+@cache
 def _requests(version: int) -> SearchStrategy[Frame]:
     """Requests that refer to what the dialogue has: repeated ids, open asks, the running turn."""
     # With these the answers collide, which is where the trouble is.
@@ -453,18 +455,36 @@ def _one_of(draw: st.DrawFn, weight: int, favourite: SearchStrategy[Any], *other
     return draw(favourite if at <= 0 else others[at - 1])
 
 
+@cache
+def _near_misses(version: int) -> SearchStrategy[bytes]:
+    return near_valid(client_frames(version) | hellos(version) | _requests(version))
+
+
+@cache
+def _arrays(version: int) -> SearchStrategy[list[Frame]]:
+    return st.lists(_requests(version) | hellos(version), max_size=5)
+
+
+# Strategies are made once where they can be: to make one takes longer than to draw from it.
+_VALID_WIRE = valid_wire()
+_DAMAGES = _damages()
+_ON = st.sampled_from("aaaabbc")
+_PAUSES = st.integers(0, 30)
+_CLOSE_CODES = st.sampled_from([1000, 1001, 1011, 3000, 4000, 4999])
+_ENDS = st.sampled_from(["cut", "cut", "close"])
+
+
 @st.composite
 def _moves(draw: st.DrawFn, version: int) -> list[Step]:
     """A few steps that belong together."""
-    on = draw(st.sampled_from("aaaabbc"))
-    kind = draw(st.sampled_from(_MOVES))
+    on = draw(_ON)
+    kind = draw(_MOVES)
     if kind == "request":
         return [SendText(on, dumps(draw(_requests(version))))]
     if kind == "array":
-        frames = draw(st.lists(_requests(version) | hellos(version), max_size=5))
-        return [SendText(on, dumps(frames))]
+        return [SendText(on, dumps(draw(_arrays(version))))]
     if kind == "near":
-        raw = draw(near_valid(client_frames(version) | hellos(version) | _requests(version)))
+        raw = draw(_near_misses(version))
         try:
             return [SendText(on, raw.decode())]
         except UnicodeDecodeError:
@@ -474,31 +494,39 @@ def _moves(draw: st.DrawFn, version: int) -> list[Step]:
     if kind == "hello":
         return [SendText(on, dumps(draw(hellos(version))))]
     if kind == "resume":
-        end: Step = draw(st.sampled_from([Cut(on), Cut(on), Close(on)]))
-        return [end, SendText(on, dumps({**_good_hello(version, draw(_SINCE))}))]
+        end = Cut(on) if draw(_ENDS) == "cut" else Close(on)
+        return [end, SendText(on, dumps(_good_hello(version, draw(_SINCE))))]
     if kind == "leave":
         return [SendText(on, dumps({"type": "leave"})), SendText(on, dumps(draw(_requests(version))))]
     if kind == "valid wire":
-        return [SendBytes(on, draw(valid_wire()), "fragments and control frames")]
+        return [SendBytes(on, draw(_VALID_WIRE), "fragments and control frames")]
     if kind == "damage":
-        why, data = draw(_damages())
+        why, data = draw(_DAMAGES)
         return [SendBytes(on, data, why)]
     if kind == "close":
-        return [Close(on, draw(st.sampled_from([1000, 1001, 1011, 3000, 4000, 4999])))]
+        return [Close(on, draw(_CLOSE_CODES))]
     if kind == "cut":
         return [Cut(on)]
     if kind == "sync":
         return [Sync(on)]
     if kind == "turn":
         until = "turn_ended" if version == 2 else "replay"
-        return [Wait(on, 400, until)]
-    return [Wait(on, draw(st.integers(0, 30)))]
+        return [Wait(on, 150, until)]
+    return [Wait(on, draw(_PAUSES))]
 
 
-_MOVES = (
+_MOVES = st.sampled_from(
     ["request"] * 12 + ["near"] * 4 + ["resume"] * 4 + ["join"] * 2 + ["hello"] * 2 + ["array"] * 2 + ["damage"] * 2
     + ["wait"] * 3 + ["turn", "sync", "valid wire", "leave", "close", "cut"]
 )  # fmt: skip
+
+
+_LEAST = st.sampled_from([0, 2, 6])
+
+
+@cache
+def _scripts(version: int, least: int, most: int) -> SearchStrategy[list[tuple[list[Step], int]]]:
+    return st.lists(st.tuples(_moves(version), st.integers(0, 7)), min_size=least, max_size=most)
 
 
 @st.composite
@@ -512,8 +540,8 @@ def dialogues(draw: st.DrawFn, version: int = 2, max_moves: int = 20) -> list[St
     """
     steps: list[Step] = []
     joined: set[str] = set()
-    moves = st.tuples(_moves(version), st.integers(0, 7))
-    for move, chance in draw(st.lists(moves, min_size=draw(st.sampled_from([0, 2, 6])), max_size=max_moves)):
+    least = draw(_LEAST)
+    for move, chance in draw(_scripts(version, min(least, max_moves), max_moves)):
         on = move[0].on
         if on not in joined and chance:
             # Before a hello there is little to go wrong, so only few are left out.
