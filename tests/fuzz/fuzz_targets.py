@@ -1,0 +1,239 @@
+"""What the fuzzers feed: functions of bytes that return when everything is as it must be, and raise otherwise.
+
+Errors of the declared types are as it must be. Beside that no other may escape, each target asks for more: what was
+read can be written and read again, and the frame splitter finds in any bytes what a strict reader finds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import trio
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import AcceptConnection, CloseConnection, TextMessage
+from wsproto.utilities import RemoteProtocolError
+
+from gateway.errors import FrameError, HandshakeRefused
+from gateway.protocol import codec, handshake
+from gateway.protocol import messages as m
+from gateway.testing.vectors import load
+from gateway.testing.wire import Closed, MessageReader, Received, fragments, frame
+from gateway.transport.memory import memory_pair
+from gateway.transport.websocket import Phase, ServerWebSocket
+
+Target = Callable[[bytes], None]
+
+
+def client(data: bytes) -> None:
+    """What a joined client sends."""
+    for read in codec.iter_client(data):
+        if isinstance(read, FrameError):
+            assert read.code in ("invalid_json", "invalid_frame", "unknown_type")
+            assert read.message
+        else:
+            assert list(codec.iter_client(codec.encode_frame(read))) == [read]
+
+
+def hello(data: bytes) -> None:
+    """What a client sends first."""
+    try:
+        read = handshake.read_hello(data)
+    except HandshakeRefused as refused:
+        codec.encode_frame(handshake.hello_error(refused))
+        return
+    assert handshake.read_hello(codec.encode_frame(read)) == read
+
+
+def server(data: bytes) -> None:
+    """What a gateway sends to our client."""
+    try:
+        frames = codec.decode_server(data)
+    except FrameError:
+        return
+    for read in frames:
+        encoded = codec.encode_event(read, read.first) if isinstance(read, m.Event) else codec.encode_frame(read)
+        assert codec.decode_server(encoded) == [read]
+
+
+def event(data: bytes) -> None:
+    """What a store gives back."""
+    try:
+        read = codec.decode_event(data)
+    except FrameError:
+        return
+    assert codec.decode_event(codec.encode_event(read, read.first)) == read
+
+
+# --- the frame splitter ---
+
+MAX_INPUT = 4096
+"""Below the limits on messages and on empty fragments, which the strict reader does not have."""
+
+
+_NO_TASKS: Any = None
+"""The nursery, for which nothing is started: nobody writes."""
+
+
+class _Chunks:
+    """A stream that has everything already, in pieces."""
+
+    peer = "fuzz"
+
+    def __init__(self, chunks: list[bytes]) -> None:
+        self._chunks = chunks
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return self._chunks.pop(0) if self._chunks else b""
+
+
+class _Library:
+    """What the general library does with the bytes it is given, without its tasks."""
+
+    def __init__(self) -> None:
+        self._ws = WSConnection(ConnectionType.SERVER)
+        self._ws.receive_data(
+            b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        list(self._ws.events())
+        self._ws.send(AcceptConnection())
+        self._text = ""
+        self._done: list[str] = []
+
+    def feed(self, data: bytes) -> None:
+        self._ws.receive_data(data)
+        for event in self._ws.events():
+            if isinstance(event, CloseConnection):
+                assert event.code == 1007, "all but bad UTF-8 in fragments is found by the splitter"
+                raise RemoteProtocolError("as the library does, it gives up")
+            if isinstance(event, TextMessage):
+                self._text += event.data
+                if event.message_finished:
+                    self._done.append(self._text)
+                    self._text = ""
+
+    async def get_message(self) -> str:
+        return self._done.pop(0)
+
+
+def _finish(coroutine: Any) -> Any:
+    """Run a coroutine that never has to wait."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("the splitter waits although its input is there")
+
+
+def split(data: bytes) -> tuple[list[bytes], int | None, bool]:
+    """The messages that the transport finds in a client's bytes, the close code, and whether that is ours.
+
+    The first byte says how the rest comes in: all at once, or in pieces of so many bytes.
+    """
+    size = (data[0] if data else 0) or MAX_INPUT
+    rest = data[1:MAX_INPUT]
+    library = _Library()
+    ours, _ = memory_pair()
+    ws = ServerWebSocket(ours, _NO_TASKS, max_message_bytes=2 * MAX_INPUT, max_queued_frames=8)
+    ws._library = library  # type: ignore[assignment]
+    ws.phase = Phase.OPEN
+    wire = ws._wire
+    wire._stream = _Chunks([rest[at : at + size] for at in range(0, len(rest), size)])  # type: ignore[assignment]
+    wire._head_seen = True
+    try:
+        while given := _finish(wire.receive_some()):
+            library.feed(given)
+    except RemoteProtocolError:
+        ws._library_done()
+    return ws._inbox, ws.close_code, ws.closed_by_us
+
+
+def splitter(data: bytes) -> None:
+    """A client's bytes, held against a reader that takes nothing for granted. Needs a trio loop around it."""
+    messages, code, by_us = split(data)
+    reader = MessageReader(masked=True)
+    expected: list[bytes] = []
+    closed: int | None = None
+    for item in reader.feed(data[1:MAX_INPUT]):
+        if isinstance(item, Closed):
+            closed = item.code
+        elif isinstance(item, Received):
+            if item.binary:
+                break
+            expected.append(item.payload)
+    refused = code if by_us else None
+    # Refused before the message is whole: what is binary or too long at the header, bad UTF-8 at the first fragment.
+    early = refused in (1003, 1007, 1009)
+    assert messages == expected[: len(messages)]
+    assert early or len(messages) == len(expected)
+    if not early:
+        violation = reader.violation.code if reader.violation else None
+        assert refused == violation, f"refused with {refused}, a strict reader says {reader.violation}"
+        assert by_us or code == (closed or 1006)
+    if refused in (1007, 1009):
+        assert reader.violation is not None or reader.mid_message or reader.mid_frame
+
+
+TARGETS: dict[str, Target] = {
+    "client": client, "hello": hello, "server": server, "event": event, "splitter": splitter
+}  # fmt: skip
+
+
+async def in_trio(run: Callable[[], None]) -> None:
+    """The splitter asks trio for the time and for parking lots, and never waits."""
+    await trio.lowlevel.checkpoint()
+    run()
+
+
+# --- what to begin with ---
+
+
+def seeds(target: str) -> list[bytes]:
+    """Inputs that mean something: every frame of the conformance vectors, and frames of every kind on the wire."""
+
+    def plain(value: Any) -> Any:
+        """A pattern as a value."""
+        if isinstance(value, dict):
+            if "$is" in value:
+                return {"integer": 1, "boolean": True, "object": {}, "array": []}.get(value["$is"], "x")
+            if "$contains" in value:
+                return plain(value["$contains"])
+            return 1 if "$add" in value else "xx" if "$repeat" in value else {k: plain(v) for k, v in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    sent: dict[str, None] = {}
+    expected: dict[str, None] = {}
+    for vector in load():
+        for step in vector.steps:
+            if "send" in step:
+                sent[json.dumps(plain(step["send"]))] = None
+            for pattern in [step[key] for key in ("expect",) if key in step] + list(step.get("expect_all", ())):
+                expected[json.dumps({"seq": 2, "first": 1, "at": 0, **plain(pattern)})] = None
+    if target == "splitter":
+        texts = [text.encode()[:200] for text in list(sent)[:40]]
+        whole = b"".join(frame(1, text) for text in texts[:4])
+        odd = [
+            whole,
+            fragments("äöü in pieces".encode(), [1, 4], [frame(9, b"p")]),
+            frame(1, "ä".encode()[:1]),
+            frame(2, b"binary"),
+            frame(8, b"\x03\xe8bye"),
+            frame(8),
+            frame(10, b"pong") + frame(1, b"{}"),
+            frame(1, b"x" * 126),
+            frame(1, b"short", length_bytes=8),
+            frame(0, b"alone"),
+            frame(1, b"a", final=False) + frame(1, b"b"),
+            frame(1, b"", final=False) + frame(0, b"", final=False) + frame(0, b"end"),
+            frame(9, b"x" * 126),
+            frame(3, b"reserved"),
+            frame(1, b"x", bits=0x40),
+            frame(1, b"x", masked=False),
+        ]
+        return [bytes((size,)) + item for item in odd for size in (0, 1, 7)] + [
+            b"\0" + frame(1, text) for text in texts
+        ]
+    chosen = expected if target in ("server", "event") else sent
+    return [text.encode() for text in chosen]
