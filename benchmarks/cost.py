@@ -168,12 +168,21 @@ async def settle() -> None:
     await trio.sleep(0.01)
 
 
-# The loops. Each warms up with a few units, then counts many, then checks that all of it arrived.
+@dataclass
+class Rig:
+    """What a loop is given. `knock` makes the agent of a turn ``knock TAG`` send its next piece."""
+
+    gateway: Gateway
+    meter: Meter
+    knock: trio.MemorySendChannel[None]
 
 
-async def _answers(gateway: Gateway, meter: Meter, interval: str) -> int:
+# The loops. Each warms up, then counts, then checks that all of it arrived. They return how many units were counted.
+
+
+async def _answers(rig: Rig, interval: str) -> int:
     count, rounds = 200, 2
-    them = [await Client.open(gateway, f"s{number}") for number in range(10)]
+    them = [await Client.open(rig.gateway, f"s{number}") for number in range(10)]
     for round_, number in itertools.product(range(rounds), (1, count)):
         asked = []
         for place, one in enumerate(them):
@@ -182,32 +191,32 @@ async def _answers(gateway: Gateway, meter: Meter, interval: str) -> int:
             asked.append((one, message(f"stream {name} {number}{interval}", 1000 * round_ + number)))
         counted = round_ == rounds - 1 and number == count
         if counted:
-            meter.start()
+            rig.meter.start()
         for one, data in asked:
             one.say(data)
         await settle()
         if counted:
-            meter.stop()
+            rig.meter.stop()
         for one in them:
             await one.heard()
             assert one.covered.received == number
     return len(them) * count
 
 
-async def stream(gateway: Gateway, meter: Meter) -> int:
+async def stream(rig: Rig) -> int:
     """`Turn.send` to bytes on the line, per delta; between two deltas every other task runs."""
-    return await _answers(gateway, meter, " 0")
+    return await _answers(rig, " 0")
 
 
-async def bulk(gateway: Gateway, meter: Meter) -> int:
+async def bulk(rig: Rig) -> int:
     """The same, from a producer that never waits of its own accord."""
-    return await _answers(gateway, meter, "")
+    return await _answers(rig, "")
 
 
-async def fan_out(gateway: Gateway, meter: Meter) -> int:
+async def fan_out(rig: Rig) -> int:
     """One delta to all connections of a session, and only then the next; per delivery."""
     events, name = 20, tag(0, 0)
-    owner, *others = them = [await Client.open(gateway, "fan") for _ in range(100)]
+    owner, *others = them = [await Client.open(rig.gateway, "fan") for _ in range(100)]
     owner.covered.ask(name)
     for one in others:
         one.covered.ask(name)
@@ -215,60 +224,60 @@ async def fan_out(gateway: Gateway, meter: Meter) -> int:
     await settle()
     for counted in (False, True):
         if counted:
-            meter.start()
+            rig.meter.start()
         for _ in range(events):
-            gateway.knock.send_nowait(None)  # type: ignore[attr-defined]
+            rig.knock.send_nowait(None)
             await settle()
         if counted:
-            meter.stop()
+            rig.meter.stop()
         for one in them:
             await one.heard()
             assert one.covered.streamed == events * (1 + counted)
     return events * len(them)
 
 
-async def ping(gateway: Gateway, meter: Meter) -> int:
+async def ping(rig: Rig) -> int:
     """`ping` to `pong`, per round trip."""
     times, data = 20, frame({"type": "ping", "nonce": 7})
-    them = [await Client.open(gateway, f"s{number}") for number in range(16)]
+    them = [await Client.open(rig.gateway, f"s{number}") for number in range(16)]
     for counted in (False, True):
         if counted:
-            meter.start()
+            rig.meter.start()
         for _ in range(times):
             for one in them:
                 one.say(data)
             await settle()
         if counted:
-            meter.stop()
+            rig.meter.stop()
         for one in them:
             pongs = [pong for pong in await one.heard() if pong["type"] == "pong"]
             assert len(pongs) == times
     return times * len(them)
 
 
-async def turn(gateway: Gateway, meter: Meter) -> int:
+async def turn(rig: Rig) -> int:
     """`message` to `turn_ended`, per turn."""
     times = 10
-    them = [await Client.open(gateway, f"s{number}") for number in range(16)]
+    them = [await Client.open(rig.gateway, f"s{number}") for number in range(16)]
     for one in them:
         one.covered.ask("", 0)
     for counted in (False, True):
         said = [message("short", 100 * counted + number) for number in range(times)]
         if counted:
-            meter.start()
+            rig.meter.start()
         for data in said:
             for one in them:
                 one.say(data)
             await settle()
         if counted:
-            meter.stop()
+            rig.meter.stop()
         for one in them:
             ended = [event for event in await one.heard() if event["type"] == "turn_ended"]
             assert len(ended) == times
     return times * len(them)
 
 
-LOOPS: dict[str, tuple[str, Callable[[Gateway, Meter], Awaitable[int]]]] = {
+LOOPS: dict[str, tuple[str, Callable[[Rig], Awaitable[int]]]] = {
     "stream": ("delta", stream),
     "bulk": ("delta", bulk),
     "fan_out": ("delivery", fan_out),
@@ -314,8 +323,7 @@ def measure(name: str) -> Measured:
 
         config = Config(limits=Limits(heartbeat_ms=3_600_000))
         async with open_gateway(config, {"bench": agent}, sources=sources, listen=False) as gateway:
-            gateway.knock = send  # type: ignore[attr-defined]
-            units = await LOOPS[name][1](gateway, meter)
+            units = await LOOPS[name][1](Rig(gateway, meter, send))
             send.close()
 
     # As trio's own plugin for hypothesis does: tasks run in the order in which they were made.
@@ -361,80 +369,6 @@ def write(measured: dict[str, Cost], path: Path = CEILINGS) -> None:
     for name in LOOPS:
         if name in costs:
             numbers = ", ".join(f"{what} = {value:.6g}" for what, value in costs[name].items())
-            lines.append(f"{name} = {{ {numbers} }}")
-    path.write_text("\n".join(lines) + "\n")
-
-
-def main() -> None:
-        nonlocal units
-        ids = itertools.count(1)
-        sources = Sources(
-            now_ms=lambda: 1_700_000_000_000 + int(trio.current_time() * 1000),
-            new_id=lambda: f"{next(ids):012}",
-            chance=lambda: 0.5,
-            timer=trio.current_time,
-        )
-        send, receive = trio.open_memory_channel[None](1)
-
-        async def agent(turn: Turn) -> str | None:
-            what, *rest = turn.input.content.split()
-            if what != "knock":
-                return await bench(turn)
-            number = 0
-            async for _ in receive:
-                await turn.send(piece(rest[0], number))
-                number += 1
-            return None
-
-        config = Config(limits=Limits(heartbeat_ms=3_600_000))
-        async with open_gateway(config, {"bench": agent}, sources=sources, listen=False) as gateway:
-            gateway.knock = send  # type: ignore[attr-defined]
-            units = await LOOPS[name][1](gateway, meter)
-            send.close()
-
-    # As trio's own plugin for hypothesis does: tasks run in the order in which they were made.
-    trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    trio_run._r.seed(0)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
-    cost = {"calls": round(meter.calls / units, 2), "blocks": round(meter.blocks / units, 2)}
-    return Measured(cost, {name: times / units for name, times in meter.by.most_common()})
-
-
-def ceilings(path: Path = CEILINGS) -> dict[str, Any]:
-    """What may be spent, by loop, and ``measured_with``."""
-    return tomllib.loads(path.read_text()) if path.exists() else {}
-
-
-def compare(measured: dict[str, Cost], allowed: dict[str, Any]) -> list[str]:
-    """What costs more than it may, a line each."""
-    problems = []
-    for name, cost in measured.items():
-        per = LOOPS[name][0]
-        for what, value in cost.items():
-            most = allowed.get(name, {}).get(what)
-            if most is None:
-                problems.append(f"{name}: there is no ceiling for {what}; run python -m benchmarks.cost --write")
-            elif value > most * (1 + SLACK) + 0.05:
-                problems.append(
-                    f"{name}: costs {value:.6g} {what} per {per}, ceiling {most:.6g}: "
-                    "if it is meant, run python -m benchmarks.cost --write"
-                )
-    return problems
-
-
-def write(measured: dict[str, Cost], path: Path = CEILINGS) -> None:
-    """Make what was measured the ceilings of this minor version of Python."""
-    tables = ceilings(path)
-    with_ = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    tables[VERSION] = {"measured_with": with_, **measured}
-    lines = [
-        "# What the hot loops may cost per unit: see benchmarks/cost.py. Written by: python -m benchmarks.cost --write"
-    ]
-    for version in sorted(tables):
-        lines += ["", f'["{version}"]', f'measured_with = "{tables[version].pop("measured_with")}"']
-        for name, cost in tables[version].items():
-            numbers = ", ".join(f"{what} = {value:.6g}" for what, value in cost.items())
             lines.append(f"{name} = {{ {numbers} }}")
     path.write_text("\n".join(lines) + "\n")
 
