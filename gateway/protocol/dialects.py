@@ -17,6 +17,7 @@ from gateway.errors import FrameError
 from gateway.protocol import codec, handshake
 from gateway.protocol.log import Chunk, Log
 from gateway.protocol.messages import Ask, ClientFrame, Hello, ServerFrame
+from gateway.protocol.praison import Praison
 
 
 class Dialect(Protocol):
@@ -87,5 +88,22 @@ NATIVE = Native()
 
 
 def choose(first: bytes) -> Dialect:
-    """The dialect of a connection that begins with this frame."""
+    """The dialect of a connection that begins with this frame.
+
+    Version 1 for a `join`, and for a `hello` whose highest version that is; everything else, unreadable frames
+    included, is answered as version 2 does.
+    """
+    try:
+        tag, fields = codec.read_object(codec.parse_json(first))
+    except FrameError:
+        return NATIVE
+    if tag == "join":
+        return Praison(joins=True)
+    if tag == Hello.type and _only_one(fields.get("protocol_min"), fields.get("protocol_max")):
+        return Praison()
     return NATIVE
+
+
+def _only_one(lowest: object, highest: object) -> bool:
+    # Whether `lowest` is a number at all is for the dialect to say.
+    return type(highest) is int and highest == Praison.version and not (type(lowest) is int and lowest > highest)

@@ -10,7 +10,7 @@ from gateway.errors import FrameError, HandshakeRefused
 from gateway.protocol import codec
 from gateway.protocol.messages import CLIENT_FRAMES, EVENTS, Features, Hello, HelloError, ResyncReason
 
-VERSIONS = (2,)
+VERSIONS = (1, 2)
 """Protocol versions served, in rising order."""
 
 CAPABILITIES = ("batch",)
@@ -37,15 +37,28 @@ def read_hello(raw: bytes) -> Hello:
         if tag != Hello.type:
             _refuse(f"field 'type': expected 'hello' as the first frame, got {tag[:40]!r}")
         hello: Hello = codec.structure(fields, Hello)
+        if hello.protocol_min > hello.protocol_max:
+            _wrong(f"field 'protocol_min': {hello.protocol_min} is above protocol_max {hello.protocol_max}")
+        check_hello(hello.agent_id, hello.since)
     except FrameError as exc:
         _refuse(exc.message)
-    if hello.protocol_min > hello.protocol_max:
-        _refuse(f"field 'protocol_min': {hello.protocol_min} is above protocol_max {hello.protocol_max}")
-    if hello.since is not None and hello.since < 0:
-        _refuse(f"field 'since': expected 0 or more, got {hello.since}")
-    if not hello.agent_id:
-        _refuse("field 'agent_id': expected the name of an agent, got an empty string")
     return hello
+
+
+def check_hello(agent_id: str, since: int | None) -> None:
+    """What the types of an opening's fields do not say.
+
+    Raises:
+        FrameError: ``invalid_frame``, naming the field.
+    """
+    if since is not None and since < 0:
+        _wrong(f"field 'since': expected 0 or more, got {since}")
+    if not agent_id:
+        _wrong("field 'agent_id': expected the name of an agent, got an empty string")
+
+
+def _wrong(message: str) -> NoReturn:
+    raise FrameError("invalid_frame", message)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -32,11 +32,13 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
+from typing import Any
 
-from attrs import define, frozen
+from attrs import define, field, frozen
 
 from gateway.errors import GatewayError
 from gateway.protocol import codec
+from gateway.protocol.marks import Marks
 from gateway.protocol.messages import Delta, Event, Output, Progress, TurnEnded, TurnStarted
 
 MERGE_FROM = 8
@@ -151,6 +153,7 @@ class Entry:
 
     `size` is in bytes: of the text of a delta, which is what it adds to a merged one, and of the JSON of anything else.
     `parts` of a delta that stands for several: their texts, the last of them numbered `seq`.
+    `wrapped` is a dialect's, for its encoded form; unset until it needs it, so that it costs nothing without one.
     """
 
     event: Event
@@ -159,6 +162,7 @@ class Entry:
     first: int = 0
     payload: bytes | None = None
     parts: list[str] | None = None
+    wrapped: Any = field(init=False)
 
     def text_after(self, cursor: int) -> str:
         """Of a delta: its text without the parts up to `cursor`."""
@@ -218,6 +222,8 @@ class Log:
         self._open: dict[str, dict[tuple[str, str], int]] = {}
         """Turn → (kind, channel or key) → ``seq`` of its oldest volatile entry that nothing has superseded."""
         self._memo: tuple[int, int, int, Chunk] | None = None
+        self.marks: Marks | None = None
+        """Kept from when a dialect needs them (`keep_marks`)."""
         self.version = 0
         self.floor = base
         """The oldest cursor that can be continued without a gap."""
@@ -295,6 +301,8 @@ class Log:
     def _append_kept(self, entry: Entry) -> None:
         event = entry.event
         if type(event) is Output:
+            if self.marks is not None:
+                self.marks.add(event, self._deltas(event))
             self._supersede(event.turn_id, ("channel", event.channel))
         elif type(event) is TurnEnded:
             self._supersede_turn(event.turn_id)
@@ -356,6 +364,7 @@ class Log:
         if drop:
             self.floor = self.tail = self._entries[drop - 1].seq
             del self._entries[:drop]
+            self._drop_marks()
 
     def let_go(self) -> None:
         """Leave the oldest events in memory to the store, until what is held is well within the log's share.
@@ -380,6 +389,7 @@ class Log:
             self.tail = self._entries[drop - 1].seq
             del self._entries[:drop]
             self._memo = None
+            self._drop_marks()
 
     def _after(self, cursor: int) -> int:
         """Index of the first entry with ``seq > cursor``."""
@@ -462,6 +472,37 @@ class Log:
                 break
         return total
 
+    # for a dialect whose clients lack the very deltas that they have not seen
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """What is in memory, oldest first; not to be changed."""
+        return self._entries
+
+    def index_after(self, cursor: int) -> int:
+        """Index in `entries` of the first one with ``seq > cursor``."""
+        return self._after(cursor)
+
+    def keep_marks(self) -> None:
+        """From now on, remember where in an output its deltas were."""
+        if self.marks is None:
+            self.marks = Marks(self.head)
+
+    def _drop_marks(self) -> None:
+        if self.marks is not None:
+            self.marks.drop(self.tail)
+
+    def _deltas(self, output: Output) -> list[tuple[int, str]]:
+        """Number and text of the deltas that an output will replace."""
+        texts: list[tuple[int, str]] = []
+        oldest = self._open.get(output.turn_id, {}).get(("channel", output.channel))
+        if oldest is not None:
+            for entry in self._entries[self._after(oldest - 1) :]:
+                event = entry.event
+                if type(event) is Delta and event.channel == output.channel and event.turn_id == output.turn_id:
+                    texts += numbered_parts(entry)
+        return texts
+
     # what is not in memory
 
     def _check(self, cursor: int) -> None:
@@ -493,6 +534,7 @@ class Log:
         page = Log(max_events=len(events), max_bytes=self._max_bytes, base=first - 1)
         for event in events:
             page.append(event)
+        page.marks = self.marks
         return page
 
     def older_than_tail(self, max_events: int, max_bytes: int) -> tuple[int, int] | None:
@@ -512,6 +554,14 @@ class Log:
             raise CursorExpired(f"the store lacks events behind cursor {cursor}")
         firsts = [max(previous, self.floor) + 1, *(seq + 1 for seq in expected)]
         return list(zip(events, firsts, strict=False))
+
+
+def numbered_parts(entry: Entry) -> list[tuple[int, str]]:
+    """Of a delta: the number and text of each that it stands for."""
+    event = entry.event
+    assert type(event) is Delta
+    parts = entry.parts or [event.text]
+    return list(enumerate(parts, entry.seq - len(parts) + 1))
 
 
 def _merge(run: list[Entry], cursor: int, previous: int) -> bytes:
