@@ -111,7 +111,7 @@ class TlsByteStream(ByteStream):
         await self._stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
-        """Say, in TLS as well, that nothing more will be sent. What the peer still sends is not decrypted any more."""
+        """Say, in TLS as well, that nothing more will be sent."""
         if not self._ended:
             self._ended = True
             self._say_goodbye()
@@ -134,12 +134,10 @@ class TlsByteStream(ByteStream):
 
     # inwards
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """As `ByteStream`; the first call establishes TLS. ``b""`` is also a line that ended without TLS saying so: a
         WebSocket has an end of its own, whose absence is noticed."""
         size = read_size(max_bytes)
-        if self._ended:
-            return await self._stream.receive_some(size)
         if not self._handshaken:
             await self._handshake()
         if self._incoming.pending or self._tls.pending():
@@ -151,8 +149,6 @@ class TlsByteStream(ByteStream):
             if data or over:
                 return data
             received = await self._stream.receive_some(READ_BYTES)
-            if self._ended:
-                return received
             if not received:
                 return b""
             self._incoming.write(received)
@@ -171,9 +167,10 @@ class TlsByteStream(ByteStream):
                     break
         except ssl.SSLWantReadError:
             pass
+        except ssl.SSLZeroReturnError:  # what `read` has for the peer's end once ours was said
+            return b"".join(parts), True
         except ssl.SSLError as exc:
-            if not parts:
-                raise self._broken(exc) from exc
+            raise self._broken(exc) from exc
         return b"".join(parts), False
 
     def _answer(self) -> None:

@@ -175,6 +175,20 @@ async def test_unread_bytes_do_not_keep_the_goodbye_from_being_said() -> None:
                 await client.aclose()
 
 
+async def test_a_peer_may_go_on_after_our_end_and_is_read_to_its_own() -> None:
+    """Else the socket would be closed over unread bytes, which is a reset that may overtake what was sent last."""
+    async with pair(goodbye=True) as (client, server, _):
+        await client.send_all(b"before")
+        await server.send_eof()
+        await client.send_all(b"after")
+        await client.aclose()
+        got = b""
+        with trio.fail_after(5):
+            while data := await server.receive_some():
+                got += data
+        assert got == b"beforeafter"
+
+
 @pytest.mark.parametrize("goodbye", [True, False])
 async def test_the_peer_ends_with_a_goodbye_or_without(goodbye: bool) -> None:
     async with pair(goodbye=goodbye) as (client, server, _):
