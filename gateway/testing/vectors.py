@@ -21,7 +21,7 @@ Step = Mapping[str, Any]
 
 ACTIONS: Mapping[str, frozenset[str]] = {
     "connect": frozenset({"headers", "subprotocols", "subprotocol", "receive_buffer"}),
-    "join": frozenset({"hello", "hello_ok", "receive_buffer"}),
+    "join": frozenset({"hello", "hello_ok", "receive_buffer", "not_before_ms"}),
     "send": frozenset({"on"}),
     "send_text": frozenset({"on"}),
     "send_binary": frozenset({"on"}),
@@ -33,6 +33,8 @@ ACTIONS: Mapping[str, frozenset[str]] = {
     "cut": frozenset(),
     "quiet": frozenset(),
     "drain": frozenset(),
+    "over": frozenset(),
+    "again": frozenset({"on"}),
 }
 """What a step may do, and the keys it may have beside that one, `clauses` and `note`."""
 

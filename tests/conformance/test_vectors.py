@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 from vector_gateway import run
+from vector_mutants import mutants
 
 from gateway.errors import ConfigError
 from gateway.protocol import messages as m
@@ -26,49 +25,6 @@ OF_GATEWAYS = [vector for vector in VECTORS if "gateway" in vector.sides]
 @pytest.mark.parametrize("vector", OF_GATEWAYS, ids=lambda vector: vector.id)
 async def test_our_gateway(vector: Vector) -> None:
     await run(vector)
-
-
-# --- each expectation is looked at ---
-
-PATTERNS = ("expect", "hello_ok", "closed")
-
-
-def other(value: Any) -> Any:
-    if type(value) is str:
-        return value + "?"
-    return not value if type(value) is bool else 77 if value is None else value + 1_000
-
-
-def wrong(pattern: Any) -> Iterator[Any]:
-    """The pattern with one value changed, once for each value. Not those of `type`: they decide what is waited for."""
-    for key, inner in pattern.items():
-        if isinstance(inner, dict) and "$is" not in inner and "$add" not in inner and "$repeat" not in inner:
-            yield from ({**pattern, key: changed} for changed in wrong(inner))
-        elif isinstance(inner, list) and key in ("$contains", "transcript", "withdrawn", "presence", "queue", "asks"):
-            yield {**pattern, key: [*inner, "nobody"]}
-            for at, item in enumerate(inner):
-                for changed in wrong(item if isinstance(item, dict) else {"-": item}):
-                    yield {**pattern, key: [*inner[:at], changed.get("-", changed), *inner[at + 1 :]]}
-        elif isinstance(inner, str | int | None) and key != "type" and not str(inner).startswith("$"):
-            yield {**pattern, key: other(inner)}
-
-
-def mutants(vector: Vector) -> Iterator[tuple[int, Vector]]:
-    """The vector with one expectation changed so that no right gateway fulfils it, and the number of that step."""
-    for at, step in enumerate(vector.steps):
-        changed: list[dict[str, Any]] = []
-        for key in PATTERNS:
-            if isinstance(step.get(key), dict):
-                changed += [{**step, key: pattern} for pattern in wrong(step[key])]
-        if "text" in step:
-            changed.append({**step, "text": "?" + step["text"]})
-        if "expect_all" in step:
-            changed.append({**step, "expect_all": [*step["expect_all"][:-1], {**step["expect_all"][-1], "seq": "?"}]})
-        if not changed and "expect" in step:  # nothing but a type
-            odd = "withdrawn" if step["expect"]["type"] in m.EVENTS else "credit"
-            changed.append({**step, "expect": {"type": odd}})
-        for new in changed:
-            yield at + 1, attrs.evolve(vector, steps=(*vector.steps[:at], new, *vector.steps[at + 1 :]))
 
 
 @pytest.mark.parametrize("vector", OF_GATEWAYS, ids=lambda vector: vector.id)
