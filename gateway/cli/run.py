@@ -25,13 +25,13 @@ from gateway._version import __version__
 from gateway.agents import as_agent, build_agent, load_agent
 from gateway.agents.demo import DEMO_AGENTS, demo
 from gateway.agents.loader import KINDS
-from gateway.cli.failing import errors_as_lines
+from gateway.cli.failing import EXIT_CODE, errors_as_lines
 from gateway.cli.logs import set_up_logs
 from gateway.cli.settings import CONFIG_VARIABLE, Flag, Loaded, load
 from gateway.cli.signals import end_within, on_hangup, on_signals
 from gateway.cli.state import make_folder, with_default_store
 from gateway.config import Config
-from gateway.errors import AgentLoadError, ConfigError
+from gateway.errors import AgentLoadError, ConfigError, StoreFenced
 from gateway.server import Gateway, open_gateway
 from gateway.session import Registered
 from gateway.transport.tls import expired, load_certificate
@@ -93,7 +93,8 @@ def run(
     Sessions are kept in a file, which is printed at the start; --store memory keeps none.
 
     Every setting can also be in FILE or in the environment (TRIO_GATEWAY_SERVER_PORT for [server] port); flags win.
-    The first SIGTERM or SIGINT drains, the second ends at once; the exit code is 0 then, and 2 if it cannot start.
+    The first SIGTERM or SIGINT drains, the second ends at once; the exit code is 0 then, and 2 if it
+    cannot start, or if another process takes its store away.
     """
     with errors_as_lines():
         flags = [
@@ -209,12 +210,23 @@ async def _serve(config: Config, agents: Mapping[str, Registered], serve_http: S
                 # Owned by this nursery. Goes on while the gateway drains, to say so; `over` ends it.
                 http = await nursery.start(partial(serve_http, gateway, server.host, server.http_port, shutdown=over))
             _announce(config, list(agents), gateway, http)
+            # Owned by this nursery; ends with the drain.
+            nursery.start_soon(_until_drained, gateway)
             await stop.wait()
             await gateway.drain(reason)
             end_within(CLEAN_UP_SECONDS)
             over.set()
     if everything.cancelled_caught:
         _log.warning("ended_at_once")
+
+
+async def _until_drained(gateway: Gateway) -> None:
+    """Raises when the gateway had to end by itself: it has lost its store."""
+    try:
+        await gateway.serve_forever()
+    except StoreFenced:
+        end_within(CLEAN_UP_SECONDS, EXIT_CODE)
+        raise
 
 
 def _check_dates(gateway: Gateway) -> None:

@@ -196,7 +196,9 @@ class Connection:
             self._write_control()
 
     def session_failed(self) -> None:
-        """The session ended by an error of its own."""
+        """The session ended by an error of its own. What it said before, say that it takes no input, goes out first."""
+        if self._ws.phase is Phase.OPEN:
+            self._write_control()
         self.close(1011, "internal")
 
     # joining

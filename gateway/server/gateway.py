@@ -21,7 +21,7 @@ from attrs import frozen
 from gateway._version import __version__
 from gateway.agents import as_agent
 from gateway.config import Config
-from gateway.errors import ConfigError, ConnectionLost, GatewayError, HandshakeRefused, StoreError
+from gateway.errors import ConfigError, ConnectionLost, GatewayError, HandshakeRefused, StoreError, StoreFenced
 from gateway.protocol import codec
 from gateway.protocol.messages import GoAway, Policy, ServerInfo
 from gateway.server.auth import Authenticate, anyone, by_token
@@ -90,7 +90,14 @@ class Gateway:
         """For the next connections of the listening port; None: without TLS. It may be replaced, but not by None."""
         self.flusher = Flusher(sources.timer)
         self.registry = Registry(
-            nursery, agents, store, limits, sources, may_share=may_share, pace=self.flusher.mark_publisher
+            nursery,
+            agents,
+            store,
+            limits,
+            sources,
+            may_share=may_share,
+            pace=self.flusher.mark_publisher,
+            on_fenced=self._lose_store,
         )
         self.admission = Admission(limits.max_pending_handshakes, limits.max_pending_handshakes_per_peer)
         self.connections: set[Connection] = set()
@@ -114,6 +121,7 @@ class Gateway:
         self.progress = trio.lowlevel.ParkingLot()
         """Where a drain waits: woken whenever a connection was flushed or has ended."""
         self._drained = trio.Event()
+        self._store_lost: StoreFenced | None = None
         self._all_gone = trio.lowlevel.ParkingLot()
 
     # what others use
@@ -165,8 +173,14 @@ class Gateway:
         return client
 
     async def serve_forever(self) -> None:
-        """Wait until the gateway has drained."""
+        """Wait until the gateway has drained.
+
+        Raises:
+            StoreFenced: it drained by itself, because another process has become the writer of its store.
+        """
         await self._drained.wait()
+        if self._store_lost is not None:
+            raise self._store_lost
 
     def drain_nowait(self, reason: str = "shutdown") -> None:
         """Begin to drain; `serve_forever` returns when it is done. Calling it again changes nothing."""
@@ -302,6 +316,8 @@ class Gateway:
             await trio.sleep(PURGE_EVERY_SECONDS)
             try:
                 purged = await store.purge(now=self.sources.now_ms(), in_use=self.registry)
+            except StoreFenced as exc:
+                self._lose_store(exc)
             except StoreError as exc:
                 _log.warning("purge_failed", error=str(exc))
             else:
@@ -331,9 +347,16 @@ class Gateway:
             else:
                 connection.close(1012, "restart")
 
+    def _lose_store(self, exc: StoreFenced) -> None:
+        """Nothing can be stored any more, and what others store is not seen here: end, and say so. No await here."""
+        if self._store_lost is None:
+            self._store_lost = exc
+            _log.critical("store_lost", error=str(exc))
+            self.drain_nowait("store_lost")
+
     async def _drain(self) -> None:
         limits = self.config.limits
-        timeout = self.config.server.drain_timeout_ms / 1000
+        timeout = 0.0 if self._store_lost else self.config.server.drain_timeout_ms / 1000
         _log.info("drain_started", connections=len(self.joined), turns=self.statistics().turns)
         with trio.move_on_after(timeout + limits.stop_timeout_ms / 1000 + 1):
             async with trio.open_nursery() as nursery:

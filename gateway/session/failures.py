@@ -42,9 +42,9 @@ def explain(exc: BaseException, reference: str, **where: Any) -> ErrorInfo:
     Everything that is no `TurnFailed` goes to the operator's log with that reference and `where` (ids). Never raises,
     whatever the exception's own methods do.
     """
-    leaves = list(_leaves(exc))
-    chosen = next((leaf for leaf in leaves if isinstance(leaf, TurnFailed)), None)
-    other = next((leaf for leaf in leaves if not isinstance(leaf, TurnFailed)), None)
+    found = list(leaves(exc))
+    chosen = next((leaf for leaf in found if isinstance(leaf, TurnFailed)), None)
+    other = next((leaf for leaf in found if not isinstance(leaf, TurnFailed)), None)
     if other is not None:
         event = {**where, "reference": reference, "error": _describe(other)}
         try:
@@ -62,10 +62,11 @@ def explain(exc: BaseException, reference: str, **where: Any) -> ErrorInfo:
     )
 
 
-def _leaves(exc: BaseException) -> Iterator[BaseException]:
+def leaves(exc: BaseException) -> Iterator[BaseException]:
+    """The exceptions of a group, however deep; one that is no group by itself."""
     if isinstance(exc, BaseExceptionGroup):
         for item in exc.exceptions:
-            yield from _leaves(item)
+            yield from leaves(item)
     else:
         yield exc
 

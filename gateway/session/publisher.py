@@ -37,7 +37,7 @@ import trio
 from attrs import define, field, frozen
 
 from gateway.config import Limits
-from gateway.errors import StoreUnavailable
+from gateway.errors import StoreFenced, StoreUnavailable, StoreUnusable
 from gateway.protocol import codec
 from gateway.protocol.log import Log
 from gateway.protocol.messages import (
@@ -450,6 +450,10 @@ class Publisher:
             else:
                 self._retrying = False
             return False
+        except (StoreFenced, StoreUnusable):
+            # It will not become better. Their senders can keep the inputs; what else there is ends with the session.
+            self._refuse_inputs(batch)
+            raise
         self._retrying = False
         self._try_again_at = -inf
         self._pause = RETRY_FIRST

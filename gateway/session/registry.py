@@ -15,9 +15,10 @@ import trio
 from attrs import frozen
 
 from gateway.config import Limits
-from gateway.errors import HandshakeRefused, StoreError, StoreUnavailable
+from gateway.errors import HandshakeRefused, StoreError, StoreFenced, StoreUnavailable
 from gateway.protocol.log import Tails
 from gateway.protocol.messages import Hello
+from gateway.session.failures import leaves
 from gateway.session.publisher import NUMBER_BLOCK, Publisher
 from gateway.session.session import Agent, Session
 from gateway.session.sources import Sources
@@ -45,6 +46,7 @@ class Registry:
         nursery: the gateway's; it owns every session.
         may_share: whether a subject may use a session of another subject: a grant (DESIGN property 19).
         pace: decides when what agents write is published (see `Publisher`).
+        on_fenced: told, perhaps again and again, that another process has become the writer of the store.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Registry:
         *,
         may_share: Callable[[str, SessionRecord], bool] = lambda subject, record: False,
         pace: Callable[[Publisher], None] | None = None,
+        on_fenced: Callable[[StoreFenced], None] = lambda exc: None,
     ) -> None:
         self._nursery = nursery
         self._agents = agents
@@ -65,6 +68,7 @@ class Registry:
         self._sources = sources
         self._may_share = may_share
         self._pace = pace
+        self._on_fenced = on_fenced
         self._sessions: dict[str, Session] = {}
         self._opening: dict[str, trio.Event] = {}
         self._tails = Tails(limits.tail_max_bytes, limits.all_tails_max_bytes)
@@ -225,6 +229,7 @@ class Registry:
             try:
                 await self._store.create(record, NUMBER_BLOCK)
             except StoreError as exc:
+                self._notice_fence(exc)
                 raise unavailable(str(exc)) from None
         return self._start(
             Session(
@@ -346,6 +351,12 @@ class Registry:
             self._tails.divide(len(self._sessions))
         for reader in list(session.readers.values()):
             reader.session_failed()
+        self._notice_fence(exc)
+
+    def _notice_fence(self, exc: Exception) -> None:
+        for one in leaves(exc):
+            if isinstance(one, StoreFenced):
+                self._on_fenced(one)
 
 
 def unavailable(why: str) -> HandshakeRefused:

@@ -210,6 +210,31 @@ async def test_an_attempt_that_succeeds_is_the_last() -> None:
             assert bench.ends == ["lost", "completed", "completed"]
 
 
+async def test_what_was_steered_into_a_lost_turn_is_in_the_transcript_of_the_next_attempt() -> None:
+    """It is done with, `withdrawn` as ``steered``, once and for all. The next attempt finds it among what was said."""
+    store, agent = ObedientStore(), Script()
+    async with open_house(agent, store=store) as house:
+        bench = await house.bench("s1")
+        bench.send("r1")
+        await settle()
+        bench.send("steer", on_busy="steer")
+        await settle()
+
+        async def take(turn: Turn) -> None:
+            assert [item.request_id for item in turn.steered()] == ["steer"]
+
+        await agent.do(take)
+    agent = Script()
+    async with open_house({"agent": Registered(agent, retry_lost=True)}, store=store) as house:
+        bench = await house.bench("s1")
+        await settle()
+        assert (agent.turn.attempt, [item.request_id for item in agent.turn.inputs]) == (2, ["r1"])
+        asked = [event.request_id for event in agent.turn.transcript if isinstance(event, Input)]
+        assert asked == ["steer", "r1"]
+        await agent.finish()
+        check_history(bench.reader.events, finished=True)
+
+
 async def test_a_lost_turn_that_was_being_interrupted_is_not_tried_again() -> None:
     store = ObedientStore()
     await crash_with_an_interrupt(store)
