@@ -346,7 +346,7 @@ class Praison:
         if given.turn is not None:
             text = unfinished + given.turn.channels.get("answer", "")
             if text:
-                data = {"content": text, "turn_id": given.turn.turn_id, "session_id": self._session_id}
+                data = {"content": text, "turn_id": given.turn.turn_id}
                 events.append(self._event("token_stream", data, given.cursor, given.turn.started_at))
         truncated = given.transcript_truncated
         while True:
@@ -385,10 +385,13 @@ class Praison:
                 messages.append(self._message(event, "".join(parts), self._agent_id, {}))
                 parts = []
             elif isinstance(event, m.ToolCall):
+                data: dict[str, Any]
                 call = {"id": event.call_id, "name": event.name, "arguments": event.arguments}
-                events.append(self._event("tool_call_stream", {"tool_call": call}, event.seq, event.at))
+                data = {"tool_call": call, "turn_id": event.turn_id}
+                events.append(self._event("tool_call_stream", data, event.seq, event.at))
             elif isinstance(event, m.ToolResult):
-                data = {"tool_call": {"id": event.call_id}, "result": event.result, "is_error": event.is_error}
+                data = {"tool_call": {"id": event.call_id}, "turn_id": event.turn_id}
+                data |= {"result": event.result, "is_error": event.is_error}
                 events.append(self._event("tool_result_stream", data, event.seq, event.at))
         return messages, events, "".join(parts)
 
@@ -400,9 +403,13 @@ class Praison:
 
     def _event(self, kind: str, data: dict[str, Any], seq: int, at: int) -> dict[str, Any]:
         return {
-            "type": kind, "data": {**data, "cursor": seq, "seq": seq}, "event_id": str(seq), "timestamp": at / 1000,
-            "source": self._agent_id, "target": self._session_id,
-        }  # fmt: skip
+            "type": kind,
+            "data": {**data, "session_id": self._session_id, "cursor": seq, "seq": seq},
+            "event_id": str(seq),
+            "timestamp": at / 1000,
+            "source": self._agent_id,
+            "target": self._session_id,
+        }
 
 
 _READERS: dict[str, Callable[[Praison, dict[str, Any]], m.ClientFrame]] = {

@@ -299,7 +299,7 @@ class Stream:
         most = len(text) if self._fits(text) else PIECE
         pieces = [text[i : i + most] for i in range(0, len(text), most)] if text else [""]
         frames = [self._text(event.seq - 1, event, piece, f"{event.seq}.{i}") for i, piece in enumerate(pieces)]
-        frames[-1] = self._text(cursor, event, pieces[-1], f"{event.seq}.t")
+        frames[-1] = self._text(cursor, event, pieces[-1], "" if cursor == event.seq else f"{event.seq}.t")
         return frames
 
     def _fits(self, text: str) -> bool:
@@ -328,6 +328,8 @@ class Stream:
             data |= {"content": text, "offset": answer.skipped + len(before)}
         if not answer.whole:
             data |= {"offset": None, "truncated": True}
+        if type(event) is m.Output and event.metadata:
+            data["metadata"] = event.metadata
         return self._wrap(event, "response", data, event.seq)
 
     def _turn_ended(self, log: Log, index: int, event: m.TurnEnded) -> list[Frame]:
