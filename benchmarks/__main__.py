@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from benchmarks import report
 from benchmarks.runner import run
-from benchmarks.systems import ROOT, SYSTEMS
+from benchmarks.systems import SYSTEMS
 from benchmarks.workloads import WORKLOADS
 
 ROUNDS, QUICK_ROUNDS = 5, 1
@@ -17,13 +18,22 @@ QUICK_SYSTEMS = ("gateway", "trio-websocket")
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 1 if a run does not count."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a minute: shorter windows, one round, few systems")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure the gateway beside its peers. A run of everything writes results/latest.json, the page on "
+        "performance and its picture; any other only prints what it measured.",
+    )
+    parser.add_argument("--quick", action="store_true", help=f"a minute: short, {' and '.join(QUICK_SYSTEMS)} only")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, metavar="SYSTEM", help=", ".join(SYSTEMS))
     parser.add_argument("--rounds", type=int, help=f"how often each is run [{ROUNDS}, with --quick {QUICK_ROUNDS}]")
-    parser.add_argument("--no-write", action="store_true", help="only print the table")
+    parser.add_argument("--no-write", action="store_true", help="write nothing in any case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there as well")
+    parser.add_argument("--render", action="store_true", help="run nothing; make page and picture of the last results")
     given = parser.parse_args(arguments)
+    if given.render:
+        report.save(json.loads(report.RESULTS.read_text()))
+        return 0
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
     systems = given.systems or (QUICK_SYSTEMS if given.quick else SYSTEMS)
     results = run(
@@ -33,9 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
         quick=given.quick,
     )
     print(report.table(results))
-    if not given.no_write:
-        path = report.save(ROOT / "benchmarks" / "results", report.document(results, rounds, given.quick))
-        print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}", file=sys.stderr)
+    document = report.document(results, rounds, given.quick)
+    if given.json:
+        given.json.write_text(json.dumps(document, indent=1) + "\n")
+    if not (given.no_write or given.quick or given.only or given.systems):
+        report.save(document)
     for failure in results.failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if results.failures else 0

@@ -8,12 +8,13 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environments
+from benchmarks import environments, picture
+from benchmarks.picture import number
 from benchmarks.processes import cores
 from benchmarks.runner import Results
 from benchmarks.systems import ROOT, SYSTEMS
@@ -21,11 +22,17 @@ from benchmarks.workloads import WORKLOADS, Figure
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
-PACKAGES = (
-    "trio", "trio-websocket", "orjson", "picows", "uvloop", "websockets", "uvicorn", "starlette", "python-socketio",
-    "praisonai-bot",
-)  # fmt: skip
-"""Whose versions the report names; the JSON has all."""
+RESULTS = ROOT / "benchmarks" / "results" / "latest.json"
+PAGE = ROOT / "docs" / "explanation" / "performance.md"
+PICTURE = ROOT / "docs" / "images" / "performance.svg"
+
+NAMED = {
+    "own": ("trio", "trio-websocket", "orjson", "picows"),
+    "asyncio": ("websockets", "uvicorn", "starlette", "python-socketio", "uvloop"),
+    "node": ("node", "ws", "socket.io"),
+    "praisonai": ("praisonai-bot",),
+}
+"""Environment → whose versions the page names; the JSON has all."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +49,14 @@ class Spread:
         return cls(statistics.median(ordered), ordered[0], ordered[-1])
 
 
-def number(value: float) -> str:
-    """Three digits that say something."""
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
 def verdict(figure: Figure, system: str, medians: Mapping[str, float]) -> str | None:
-    """``≤ 6 pass`` for a system that has a target, else None. Only from what was measured."""
+    """``≤ 6: pass`` for a system that has a target, else None. Only from what was measured."""
     parts = []
     low = figure.best == "low"
     if system in figure.targets:
         bound = figure.targets[system]
         kept = medians[system] <= bound if low else medians[system] >= bound
-        parts.append(f"{'≤' if low else '≥'} {bound:g} {'pass' if kept else '**fail**'}")
+        parts.append(f"{'≤' if low else '≥'} {bound:g}: {'pass' if kept else '**fail**'}")
     if system in figure.times:
         peer, factor = figure.times[system]
         if peer in medians:
@@ -68,24 +68,131 @@ def verdict(figure: Figure, system: str, medians: Mapping[str, float]) -> str | 
     return ", ".join(parts) or None
 
 
+def spreads(results: Results, workload: str, figure: Figure) -> dict[str, Spread]:
+    """System → what its rounds gave."""
+    return {
+        system: Spread.of(measured[figure.name] for measured in rounds)
+        for system, rounds in results.runs.get(workload, {}).items()
+        if rounds and all(figure.name in measured for measured in rounds)
+    }
+
+
+def rows(results: Results) -> Iterator[tuple[str, Figure, dict[str, Spread], dict[str, str]]]:
+    """Workload, figure, what each system gave, and the verdicts on those with a target."""
+    for workload in results.runs:
+        for figure in WORKLOADS[workload].figures:
+            of_systems = spreads(results, workload, figure)
+            medians = {system: spread.median for system, spread in of_systems.items()}
+            verdicts = {system: verdict(figure, system, medians) for system in of_systems}
+            yield workload, figure, of_systems, {system: said for system, said in verdicts.items() if said}
+
+
 def table(results: Results) -> str:
-    """Markdown: a block for every figure, a line for every system, the medians with their spread."""
-    lines = ["| figure | system | median | min – max | target |", "|---|---|---:|---:|---|"]
-    for name, by_system in results.runs.items():
-        for figure in WORKLOADS[name].figures:
-            spreads = {
-                system: Spread.of(measured[figure.name] for measured in rounds)
-                for system, rounds in by_system.items()
-                if all(figure.name in measured for measured in rounds)
-            }
-            medians = {system: spread.median for system, spread in spreads.items()}
-            title = f"{name}: {figure.title}, {figure.unit}"
-            for system, spread in spreads.items():
-                shown = f"{number(spread.median)} | {number(spread.low)} – {number(spread.high)}"
-                target = verdict(figure, system, medians) or ""
-                lines.append(f"| {title} | {SYSTEMS[system].title} | {shown} | {target} |")
-                title = ""
+    """For a terminal: a block for every figure, a line for every system."""
+    lines = []
+    for workload, figure, of_systems, verdicts in rows(results):
+        lines.append(f"{workload}: {figure.title}, {figure.unit}")
+        for system, spread in of_systems.items():
+            shown = f"{number(spread.low)} – {number(spread.high)}"
+            lines.append(f"  {system:16} {number(spread.median):>9}   {shown:22} {verdicts.get(system, '')}".rstrip())
     return "\n".join(lines)
+
+
+def matrix(results: Results) -> str:
+    """Markdown: a line for every figure on the plain line, a column for every system."""
+    shown = [row for row in rows(results) if not WORKLOADS[row[0]].tls]
+    systems = [name for name in SYSTEMS if SYSTEMS[name].peer and any(name in row[2] for row in shown)]
+    lines = [
+        "| workload | figure | " + " | ".join(SYSTEMS[name].title for name in systems) + " | target |",
+        "|---|---|" + "---:|" * len(systems) + "---|",
+    ]
+    last = ""
+    for workload, figure, of_systems, verdicts in shown:
+        cells = [_cell(of_systems.get(name)) for name in systems]
+        said = "<br>".join(f"{_short(system)}: {text}" for system, text in verdicts.items())
+        name = f"**{workload}**" if workload != last else ""
+        lines.append(f"| {name} | {figure.title}, {figure.unit} | {' | '.join(cells)} | {said} |")
+        last = workload
+    return "\n".join(lines)
+
+
+def tls_table(results: Results) -> str:
+    """Markdown: what TLS adds, a line for every system and figure."""
+    lines = ["| workload | figure | system | plain | TLS | TLS costs |", "|---|---|---|---:|---:|---:|"]
+    for workload, figure, of_systems, _ in rows(results):
+        if not WORKLOADS[workload].tls:
+            continue
+        plain = workload.removesuffix("-tls")
+        without = spreads(results, plain, figure)
+        name = f"**{plain}**"
+        for system, spread in of_systems.items():
+            if system in without and SYSTEMS[system].peer:
+                times = f"{spread.median / without[system].median:.2f} ×"
+                cells = f"{_cell(without[system])} | {_cell(spread)} | {times}"
+                lines.append(f"| {name} | {figure.title}, {figure.unit} | {SYSTEMS[system].title} | {cells} |")
+                name = ""
+    return "\n".join(lines)
+
+
+def _short(system: str) -> str:
+    return SYSTEMS[system].title.removeprefix("trio-gateway, ")
+
+
+def _cell(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    return f"{number(spread.median)}<br><sub>{number(spread.low)}–{number(spread.high)}</sub>"
+
+
+def generator(results: Results) -> str:
+    """How far the load generator, and whatever else ran, were from being what was measured."""
+    counted = [
+        (measured, SYSTEMS[system].peer)
+        for by_system in results.runs.values()
+        for system, rounds in by_system.items()
+        for measured in rounds
+    ]
+    own = max(measured["own_share"] for measured, peer in counted if peer)
+    others = Spread.of(measured["others_share"] for measured, _ in counted)
+    text = (
+        f"The load generator was busy for at most {own:.0%} of any run. Other processes took {others.median:.0%} of "
+        f"the server's core (median; at most {others.high:.0%})."
+    )
+    reached = [
+        f"{number(Spread.of(measured[name] for measured in rounds).median)} {what}"
+        for workload, name, what in (("bulk", "deltas_per_s", "deltas/s"), ("ping", "pings_per_s", "round trips/s"))
+        if (rounds := results.runs.get(workload, {}).get("raw"))
+    ]
+    if reached:
+        text += f" Against a server that does next to nothing it reaches {' and '.join(reached)}."
+    return text
+
+
+def section(document: Mapping[str, Any]) -> str:
+    """What goes into the page, from a document of `document`."""
+    results = Results(document["runs"], document["failures"])
+    on, versions = document["machine"], document["versions"]
+    named = [
+        f"{package} {versions[name][package].removeprefix('v')}"
+        for name, packages in NAMED.items()
+        for package in packages
+        if package in versions.get(name, {})
+    ]
+    where = f"{on['cpu']}, {on['cores']} cores, Linux {on['kernel']}, {on['python']}"
+    parts = [
+        (
+            f"Measured {on['date'][:10]} at commit `{on['commit']}`: {where}; {', '.join(named)}. "
+            f"{document['rounds']} rounds; in each cell the median, and below it the lowest and the highest."
+        ),
+        generator(results),
+        "![Server CPU per unit of work, for each system](../images/performance.svg)",
+        matrix(results),
+        "### Over TLS",
+        tls_table(results),
+    ]
+    if results.failures:
+        parts += ["### What failed", "\n".join(f"- {failure.splitlines()[0]}" for failure in results.failures)]
+    return "\n\n".join(parts)
 
 
 def machine() -> dict[str, Any]:
@@ -146,9 +253,9 @@ def into_page(page: str, text: str) -> str:
     return f"{head}{BEGIN}\n{text}\n{END}{tail}"
 
 
-def save(folder: Path, results: dict[str, Any]) -> Path:
-    """Write the JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "latest.json"
-    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    return path
+def save(document: Mapping[str, Any]) -> None:
+    """Write the JSON, and the page and the picture made of it."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    PAGE.write_text(into_page(PAGE.read_text(), section(document)))
+    PICTURE.write_text(picture.draw(Results(document["runs"], document["failures"])))

@@ -31,7 +31,7 @@ class Results:
     failures: list[str] = field(default_factory=list)
 
 
-def measure(workload: Workload, system: System, *, quick: bool = False, tls: bool = False) -> Measured:
+def measure(workload: Workload, system: System, *, quick: bool = False) -> Measured:
     """One run: a fresh server, a fresh load generator.
 
     Raises:
@@ -39,7 +39,7 @@ def measure(workload: Workload, system: System, *, quick: bool = False, tls: boo
     """
     server_core, load_core = cores()
     try:
-        with serving(system, server_core, tls=tls) as server:
+        with serving(system, server_core, tls=workload.tls) as server:
             spec = {
                 "load": workload.load,
                 "core": load_core,
@@ -50,7 +50,7 @@ def measure(workload: Workload, system: System, *, quick: bool = False, tls: boo
                     "pid": server.pid,
                     "core": server_core,
                     "knock": free_port(socket.SOCK_DGRAM),
-                    "tls": tls,
+                    "tls": workload.tls,
                     "path": system.path,
                 },
             }
@@ -82,7 +82,7 @@ def run(
     """Run everything that goes together. A system whose run fails is left out of the rest of that workload."""
     results = Results()
     for workload in workloads:
-        able = [system for system in systems if workload.load in system.loads]
+        able = [system for system in systems if workload.load in system.loads and (system.tls or not workload.tls)]
         of_workload = results.runs.setdefault(workload.name, {})
         failed: set[str] = set()
         for round_ in range(1, rounds + 1):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import trustme
+
 from benchmarks import environments
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +52,10 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """A server. `command` may name ``{python}``, ``{node}``, ``{port}`` and ``{folder}``."""
+    """A server. `command` may name ``{python}``, ``{node}``, ``{port}`` and ``{folder}``.
+
+    With TLS a certificate and its key follow as two more arguments, or stand in the gateway's file.
+    """
 
     name: str
     title: str
@@ -59,7 +64,10 @@ class System:
     dialect: str = "plain"
     path: str = "/ws"
     loads: frozenset[str] = frozenset({"stream", "scale", "fan", "ping", "hello", "idle"})
+    """What it can do, of `benchmarks.load.loads`."""
     tls: bool = True
+    peer: bool = True
+    """False for the server that only shows what the load generator can do."""
     store: str = ""
     """Of a gateway: ``memory``, or ``sqlite``."""
 
@@ -70,8 +78,7 @@ _RUN = ("{python}", "-m", "gateway.cli", "run", "bench=benchmarks.agents:bench",
 
 def _gateway(name: str, title: str, store: str) -> System:
     return System(
-        name=name, title=title, environment="own", command=_RUN, dialect="gateway", loads=_ALL_LOADS, store=store,
-        tls=False,
+        name=name, title=title, environment="own", command=_RUN, dialect="gateway", loads=_ALL_LOADS, store=store
     )  # fmt: skip
 
 
@@ -90,6 +97,7 @@ SYSTEMS = {
     for system in (
         _gateway("gateway", "trio-gateway, SQLite full", "sqlite"),
         _gateway("gateway-memory", "trio-gateway, memory", "memory"),
+        _peer("raw", "(picows, to check the load generator)", "own", "raw_picows", peer=False),
         _peer("trio-websocket", "trio-websocket", "own", "plain_trio"),
         _peer("websockets", "websockets on uvloop", "asyncio", "plain_websockets"),
         _peer("starlette", "uvicorn + starlette on uvloop", "asyncio", "starlette_app"),
@@ -153,8 +161,12 @@ def serving(system: System, core: int, *, tls: bool = False) -> Iterator[Server]
             words["python"] = environments.python(system.environment)
         if system.store:
             store = f"sqlite:{folder}/sessions.sqlite" if system.store == "sqlite" else system.store
-            (folder / "gateway.toml").write_text(GATEWAY.format(port=port, store=store, tls=""))
+            (folder / "gateway.toml").write_text(GATEWAY.format(port=port, store=store, tls=_TLS if tls else ""))
         command = [word.format_map(words) for word in system.command]
+        if tls:
+            _make_certificate(folder)
+            if not system.store:
+                command += [str(folder / "certificate.pem"), str(folder / "key.pem")]
         environment = {name: text for name, text in os.environ.items() if not name.startswith("TRIO_GATEWAY_")}
         environment |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "NODE_PATH": words.get("node", "")}
         with (folder / "out").open("wb") as out:
@@ -173,6 +185,18 @@ def serving(system: System, core: int, *, tls: bool = False) -> Iterator[Server]
         finally:
             process.kill()
             process.wait()
+
+
+_TLS = """\
+tls_certificate = "certificate.pem"
+tls_key = "key.pem"
+"""
+
+
+def _make_certificate(folder: Path) -> None:
+    certificate = trustme.CA().issue_cert("127.0.0.1")
+    certificate.cert_chain_pems[0].write_to_path(folder / "certificate.pem")
+    certificate.private_key_pem.write_to_path(folder / "key.pem")
 
 
 def _wait(system: System, process: subprocess.Popen[bytes], port: int, folder: Path, tls: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -27,7 +27,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Workload:
-    """A load with its parameters. `quick` overrides some for ``--quick``. `loads` is the generator's name for it."""
+    """A load with its parameters.
+
+    Attributes:
+        load: as the load generator calls it.
+        quick: what is different with ``--quick``.
+        tls: whether it runs over TLS; its name is then that of the same workload without, and ``-tls``.
+    """
 
     name: str
     title: str
@@ -35,6 +41,7 @@ class Workload:
     parameters: dict[str, Any]
     quick: dict[str, Any]
     figures: tuple[Figure, ...]
+    tls: bool = False
 
 
 def _both(bound: float) -> dict[str, float]:
@@ -51,101 +58,110 @@ _STREAM = (
     Figure("deltas_per_s", "deltas per second", "/s", best="high", times=_twenty_times("praisonai")),
 )
 
+_PLAIN = (
+    Workload(
+        "stream",
+        "100 connections, each asks, gets 200 deltas of 90 bytes, and asks again; between two deltas the producer "
+        "lets all other tasks run, as one does that gets its tokens from elsewhere",
+        "stream",
+        {"clients": 100, "count": 200, "interval_ms": 0, "seconds": 3.0},
+        {"seconds": 1.0},
+        _STREAM,
+    ),
+    Workload(
+        "bulk",
+        "the same, but a producer that has its 200 deltas at once and never waits of its own accord",
+        "stream",
+        {"clients": 100, "count": 200, "interval_ms": None, "seconds": 3.0},
+        {"seconds": 1.0},
+        _STREAM,
+    ),
+    Workload(
+        "fan-out",
+        "one session, 500 connections, one event in flight",
+        "fan",
+        {"clients": 500, "burst": 1, "seconds": 3.0},
+        {"seconds": 1.0},
+        (Figure("cpu_us_per_delivery", "server CPU per delivery", "µs", targets=_both(10.0)),),
+    ),
+    Workload(
+        "bursts",
+        "one session, 500 connections, events in bursts of 8",
+        "fan",
+        {"clients": 500, "burst": 8, "seconds": 3.0},
+        {"seconds": 1.0},
+        (Figure("cpu_us_per_delivery", "server CPU per delivery", "µs", targets=_both(2.0)),),
+    ),
+    Workload(
+        "ping",
+        "32 connections, ping → pong",
+        "ping",
+        {"clients": 32, "seconds": 2.0},
+        {"seconds": 1.0},
+        (Figure("cpu_us_per_ping", "server CPU per round trip", "µs", targets=_both(25.0)),),
+    ),
+    Workload(
+        "turn",
+        "32 connections, message → accepted, input, turn_started, output, turn_ended",
+        "turn",
+        {"clients": 32, "seconds": 3.0},
+        {"seconds": 1.0},
+        (
+            Figure("cpu_us_per_turn", "server CPU per turn", "µs", targets={"gateway": 250.0, "gateway-memory": 150.0}),
+            Figure("turns_per_s", "turns per second", "/s", best="high"),
+        ),
+    ),
+    Workload(
+        "connect",
+        "1,000 connections, each with hello → hello_ok",
+        "hello",
+        {"clients": 1000},
+        {"clients": 500},
+        (Figure("cpu_us_per_hello", "server CPU per connection", "µs", targets=_both(500.0)),),
+    ),
+    Workload(
+        "idle",
+        "1,000 joined connections that do nothing, each with a session of its own",
+        "idle",
+        {"clients": 1000},
+        {"clients": 500},
+        (Figure("rss_kb_per_connection", "RSS per connection", "KB", targets=_both(30.0)),),
+    ),
+    Workload(
+        "scale",
+        "10 sessions stream 2,500 deltas a second in all, then 2,000 do",
+        "scale",
+        {"few": 10, "many": 2000, "rate": 2500.0, "settle": 1.0, "seconds": 3.0},
+        {"seconds": 1.0, "settle": 0.5},
+        (
+            Figure("ratio", "cost per delta, 2,000 sessions against 10", "×", targets=_both(1.3)),
+            Figure("few_cpu_us_per_delta", "server CPU per delta, 10 sessions", "µs"),
+            Figure("many_cpu_us_per_delta", "server CPU per delta, 2,000 sessions", "µs"),
+        ),
+    ),
+    Workload(
+        "storm",
+        "1,000 clients come back within a second, each with 100 events to replay",
+        "storm",
+        {"clients": 1000, "events": 100, "within": 1.0},
+        {"clients": 300},
+        (
+            Figure("all_live_s", "until all are live", "s", targets=_both(3.0)),
+            Figure("live_p99_s", "one client, from connect to live, p99", "s"),
+        ),
+    ),
+)
+
+OVER_TLS = ("stream", "fan-out", "ping", "connect")
+"""What is measured over TLS as well. A fan-out shows it most: the bytes cannot be shared, each connection encrypts."""
+
+
+def _over_tls(plain: Workload) -> Workload:
+    # Targets are for the plain line.
+    cost = replace(plain.figures[0], targets={}, times={})
+    return replace(plain, name=f"{plain.name}-tls", title=f"{plain.title}, over TLS", figures=(cost,), tls=True)
+
+
 WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload(
-            "stream",
-            "100 connections, each asks, gets 200 deltas of 90 bytes, and asks again; between two deltas the producer "
-            "lets all other tasks run, as one does that gets its tokens from elsewhere",
-            "stream",
-            {"clients": 100, "count": 200, "interval_ms": 0, "seconds": 3.0},
-            {"seconds": 1.0},
-            _STREAM,
-        ),
-        Workload(
-            "bulk",
-            "the same, but a producer that has its 200 deltas at once and never waits of its own accord",
-            "stream",
-            {"clients": 100, "count": 200, "interval_ms": None, "seconds": 3.0},
-            {"seconds": 1.0},
-            _STREAM,
-        ),
-        Workload(
-            "fan-out",
-            "one session, 500 connections, one event in flight",
-            "fan",
-            {"clients": 500, "burst": 1, "seconds": 3.0},
-            {"seconds": 1.0},
-            (Figure("cpu_us_per_delivery", "server CPU per delivery", "µs", targets=_both(10.0)),),
-        ),
-        Workload(
-            "bursts",
-            "one session, 500 connections, events in bursts of 8",
-            "fan",
-            {"clients": 500, "burst": 8, "seconds": 3.0},
-            {"seconds": 1.0},
-            (Figure("cpu_us_per_delivery", "server CPU per delivery", "µs", targets=_both(2.0)),),
-        ),
-        Workload(
-            "ping",
-            "32 connections, ping → pong",
-            "ping",
-            {"clients": 32, "seconds": 2.0},
-            {"seconds": 1.0},
-            (Figure("cpu_us_per_ping", "server CPU per round trip", "µs", targets=_both(25.0)),),
-        ),
-        Workload(
-            "turn",
-            "32 connections, message → accepted, input, turn_started, output, turn_ended",
-            "turn",
-            {"clients": 32, "seconds": 3.0},
-            {"seconds": 1.0},
-            (
-                Figure(
-                    "cpu_us_per_turn", "server CPU per turn", "µs", targets={"gateway": 250.0, "gateway-memory": 150.0}
-                ),
-                Figure("turns_per_s", "turns per second", "/s", best="high"),
-            ),
-        ),
-        Workload(
-            "connect",
-            "1,000 connections, each with hello → hello_ok",
-            "hello",
-            {"clients": 1000},
-            {"clients": 500},
-            (Figure("cpu_us_per_hello", "server CPU per connection", "µs", targets=_both(500.0)),),
-        ),
-        Workload(
-            "idle",
-            "1,000 joined connections that do nothing, each with a session of its own",
-            "idle",
-            {"clients": 1000},
-            {"clients": 500},
-            (Figure("rss_kb_per_connection", "RSS per connection", "KB", targets=_both(30.0)),),
-        ),
-        Workload(
-            "scale",
-            "10 sessions stream 2,500 deltas a second in all, then 2,000 do",
-            "scale",
-            {"few": 10, "many": 2000, "rate": 2500.0, "settle": 1.0, "seconds": 3.0},
-            {"seconds": 1.0, "settle": 0.5},
-            (
-                Figure("ratio", "cost per delta, 2,000 sessions against 10", "×", targets=_both(1.3)),
-                Figure("few_cpu_us_per_delta", "server CPU per delta, 10 sessions", "µs"),
-                Figure("many_cpu_us_per_delta", "server CPU per delta, 2,000 sessions", "µs"),
-            ),
-        ),
-        Workload(
-            "storm",
-            "1,000 clients come back within a second, each with 100 events to replay",
-            "storm",
-            {"clients": 1000, "events": 100, "within": 1.0},
-            {"clients": 300},
-            (
-                Figure("all_live_s", "until all are live", "s", targets=_both(3.0)),
-                Figure("live_p99_s", "one client, from connect to live, p99", "s"),
-            ),
-        ),
-    )
+    workload.name: workload for workload in (*_PLAIN, *(_over_tls(plain) for plain in _PLAIN if plain.name in OVER_TLS))
 }
