@@ -290,7 +290,7 @@ class Connection:
         session.attach(self)
         self._session = session
         self._dialect.attach(log, session.view.asks)
-        gateway.joined.add(self)
+        gateway.joined[self] = None
         self._on_joined()
         ws.release(self._limits.max_payload)
         self.cursor = position.cursor
@@ -488,7 +488,7 @@ class Connection:
         self._gateway.flusher.mark(self)
 
     def _unblocked(self) -> None:
-        self._gateway.blocked.discard(self)
+        self._gateway.blocked.pop(self, None)
         self.wake()
 
     def push(self, frame: ServerFrame) -> None:
@@ -533,7 +533,7 @@ class Connection:
     def _written(self) -> None:
         self.sent_at = trio.current_time()
         if self._ws.blocked:
-            self._gateway.blocked.add(self)
+            self._gateway.blocked[self] = None
 
     def flush(self) -> None:
         """Write what the client has yet to get, as far as the kernel takes it. Called by the flusher alone."""
@@ -544,7 +544,7 @@ class Connection:
             return
         if ws.blocked:
             # By a write of ours, or by a reply to a WebSocket ping: either way the watch has to look.
-            self._gateway.blocked.add(self)
+            self._gateway.blocked[self] = None
             return
         frames = b""
         if self._control:
@@ -614,7 +614,7 @@ class Connection:
         """Close a client that does not read, by the rules of PROTOCOL section 7."""
         ws, limits = self._ws, self._limits
         if not ws.blocked or self._session is None:
-            self._gateway.blocked.discard(self)
+            self._gateway.blocked.pop(self, None)
             return
         if now - ws.progress_at >= limits.send_timeout_ms / 1000:
             self.close(1013, "slow_consumer")

@@ -100,10 +100,11 @@ class Gateway:
             on_fenced=self._lose_store,
         )
         self.admission = Admission(limits.max_pending_handshakes, limits.max_pending_handshakes_per_peer)
-        self.connections: set[Connection] = set()
+        # Sets in the order of coming: what is done to all of them is done in the same order in every run.
+        self.connections: dict[Connection, None] = {}
         """Every open WebSocket, joined or not."""
-        self.joined: set[Connection] = set()
-        self.blocked: set[Connection] = set()
+        self.joined: dict[Connection, None] = {}
+        self.blocked: dict[Connection, None] = {}
         self.draining = False
         self.dropped_frames = 0
         self.refused_sockets = 0
@@ -199,13 +200,13 @@ class Gateway:
     def opened(self, connection: Connection) -> None:
         """A WebSocket is open; called by the task that serves it."""
         self._upgrading.pop(trio.lowlevel.current_task(), None)
-        self.connections.add(connection)
+        self.connections[connection] = None
 
     def ended(self, connection: Connection) -> None:
         """A connection is over, but for its closing handshake."""
-        self.connections.discard(connection)
-        self.joined.discard(connection)
-        self.blocked.discard(connection)
+        self.connections.pop(connection, None)
+        self.joined.pop(connection, None)
+        self.blocked.pop(connection, None)
         self.progress.unpark_all()
 
     def check_admission(self) -> None:

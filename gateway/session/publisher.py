@@ -181,8 +181,8 @@ class Publisher:
         segments, frame = 2 * limits.segment_bytes, limits.max_frame_bytes
         self._unsealed_most = max(frame // 8, min(segments, frame // 4))
         self._sealed = _Sealed()
-        self._asks: set[str] = set()
-        """The turn's open asks, as numbered: each is answered exactly once, and before the turn's end."""
+        self._asks: dict[str, None] = {}
+        """The turn's open asks, in order of number: each is answered exactly once, and before the turn's end."""
         self._work = trio.lowlevel.ParkingLot()
         self._batch: list[_Numbered] = []
         """Numbered, and the task's to commit."""
@@ -214,7 +214,7 @@ class Publisher:
     def open_turn(self, turn_id: str, asks: Iterable[str] = ()) -> None:
         """Take events of this turn from now on, as its `TurnStarted` does; events of any other turn are dropped."""
         self._turn_id = turn_id
-        self._asks = set(asks)
+        self._asks = dict.fromkeys(asks)
         self._tails = {}
         self._unsealed = 0
         self._sealed = _Sealed()
@@ -334,12 +334,12 @@ class Publisher:
                 _drop(item)  # written by a turn that has ended
                 return
         if type(event) is Ask:
-            self._asks.add(event.ask_id)
+            self._asks[event.ask_id] = None
         elif type(event) is Answered:
             if event.ask_id not in self._asks:
                 _drop(item)  # its agent was cancelled before it could ask
                 return
-            self._asks.remove(event.ask_id)
+            del self._asks[event.ask_id]
         event.seq = event.first = self._next
         event.at = now
         self._next += 1
