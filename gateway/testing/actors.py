@@ -1,0 +1,656 @@
+"""Who acts in a simulated world: an agent that does what its messages say, and two kinds of clients.
+
+A message's content is a script for the agent: words like ``say:3 sleep:50 ask return``, carried out in order. So what
+an agent does is part of the history that is replayed and minimised, and is the same again after a crash.
+
+`RawClient` speaks the protocol itself: JSON, a cursor, and the rules of PROTOCOL, checked on every frame. It connects
+only when told to. `LibraryClient` is `gateway.open_session` with all it does on its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import trio
+from attrs import define, field
+
+from gateway.client import Session, open_session, over
+from gateway.errors import ClientError, ConnectionLost, RequestRefused, SessionClosed, TurnFailed
+from gateway.protocol import codec
+from gateway.protocol.messages import Snapshot
+from gateway.session import Turn
+from gateway.testing.model import Client, Json, Violation, Work, aborted_means_over, withdrawn_before_cancelled
+from gateway.transport.dial import ClientSocket, dial
+from gateway.transport.memory import MemoryByteStream
+
+if TYPE_CHECKING:
+    from gateway.testing.world import World
+
+URL = "ws://simulated/ws"
+
+EXPECTED_CLOSES = (1000, 1006, 1011, 1012, 1013, 4408)
+"""How a gateway may close a client that does nothing wrong. 1006: the line broke; 1011: the session's disk did."""
+
+FINAL_ERRORS = ("request_id_conflict", "busy")
+"""Errors after which a message is not sent again."""
+
+
+class ScriptedAgent:
+    """Does what its messages say. Words are ``NAME`` or ``NAME:NUMBER``:
+
+    - ``say:N``, ``think:N``: N pieces of text on the channel ``answer`` or ``reasoning``; ``long:N``: N large ones
+    - ``output``: a final text on ``answer``; ``progress:N``, ``state:N``, ``custom``, ``tool``: one event of that kind
+    - ``ask:MS``, ``choose:MS``: a question that waits so long (0: for ever)
+    - ``steer``: take what clients handed to the running turn
+    - ``sleep:MS``; ``deaf:MS``: the same, and it cannot be cancelled; ``stubborn:N``: writes on after being cancelled
+    - ``raise``, ``fail``: end with an exception of its own, or of the gateway's for that purpose
+    - ``return``: end by returning all of ``answer``
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    async def __call__(self, turn: Turn) -> str | None:
+        world = self._world
+        history = world.histories[turn.session_id]
+        work = Work(turn.turn_id, [item.request_id for item in turn.inputs], turn.attempt)
+        history.work[turn.turn_id] = work
+        world.agent_enters(history, turn.turn_id)
+        world.note("agent", f"starts {turn.turn_id} for {' '.join(work.request_ids)}")
+        try:
+            result: str | None = None
+            for item in turn.inputs:
+                result = await _Script(world, turn, work, item.request_id).play(item.content)
+        except trio.Cancelled:
+            work.ended = "cancelled"
+            raise
+        except BaseException:
+            work.ended = "raised"
+            raise
+        else:
+            work.ended = "returned"
+            return result
+        finally:
+            world.agent_leaves(history, turn.turn_id)
+            world.note("agent", f"{work.ended} in {turn.turn_id}")
+
+
+class _Script:
+    """The script of one input within a turn."""
+
+    def __init__(self, world: World, turn: Turn, work: Work, request_id: str) -> None:
+        self._world = world
+        self._turn = turn
+        self._work = work
+        self._name = f"{turn.session_id}/{request_id}/{turn.attempt}"
+        self._count = 0
+
+    def _text(self, size: int = 0) -> str:
+        self._count += 1
+        return f"{self._name}.{self._count}{'.' * size} "
+
+    async def _write(self, channel: str, final: bool = False, size: int = 0) -> None:
+        text = self._text(size)
+        word = self._work.say(channel, text.strip(), final)
+        word.maybe = True  # until it is handed over
+        if final:
+            await self._turn.output(text, channel)
+        else:
+            await self._turn.send(text, channel)
+        word.maybe = False
+
+    async def play(self, content: str) -> str | None:
+        for word in content.split()[1:]:
+            name, _, number = word.partition(":")
+            if name == "return":
+                words = self._work.channels.get("answer", [])
+                return None if any(word.final for word in words) else "".join(f"{word.text} " for word in words) or None
+            await self._do(name, int(number or 1))
+        return None
+
+    async def _do(self, name: str, n: int) -> None:
+        turn = self._turn
+        if name in ("say", "think", "long"):
+            for _ in range(n):
+                await self._write("reasoning" if name == "think" else "answer", size=200 if name == "long" else 0)
+        elif name == "output":
+            await self._write("answer", final=True)
+        elif name == "progress":
+            await turn.progress("step", n)
+        elif name == "state":
+            await turn.update_state({"n": n, self._name: None if n % 2 else n})
+        elif name == "custom":
+            await turn.custom("note", self._name)
+        elif name == "tool":
+            call = await turn.tool_call("look", {"at": self._name})
+            await turn.tool_result(call, n)
+        elif name in ("ask", "choose"):
+            prompt = self._text()
+            timeout = n / 1000 if n > 1 else None
+            if name == "ask":
+                self._work.answers[prompt] = await turn.ask("approval", prompt, timeout=timeout)
+            else:
+                self._work.answers[prompt] = await turn.ask("choice", prompt, options=["a", "b"], timeout=timeout)
+        elif name == "steer":
+            for item in turn.steered():
+                self._world.note("agent", f"takes {item.request_id} into {turn.turn_id}")
+        elif name == "sleep":
+            await trio.sleep(n / 1000)
+        elif name == "deaf":
+            with trio.CancelScope(shield=True):
+                await trio.sleep(n / 1000)
+        elif name == "stubborn":
+            try:
+                await trio.sleep(n / 1000)
+            finally:
+                await self._write_on()
+        elif name == "raise":
+            raise RuntimeError(self._name)
+        elif name == "fail":
+            raise TurnFailed("told_to", self._name)
+        else:
+            raise AssertionError(f"no such word: {name}")
+
+    async def _write_on(self) -> None:
+        """Go on writing after a cancellation, for a while longer than the gateway waits."""
+        with trio.CancelScope(shield=True):
+            for _ in range(4):
+                await trio.sleep(0.1)
+                try:
+                    await self._write("answer")
+                except Exception as exc:
+                    self._world.note("agent", f"is refused: {type(exc).__name__}")
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+
+@define(eq=False)
+class Link:
+    """One connection's line. `healthy`: no fault was ever put on it, so what is sent must arrive in time."""
+
+    stream: MemoryByteStream
+    """The client's end."""
+    healthy: bool = True
+    stalled: bool = False
+
+    def cut(self) -> None:
+        self.healthy = False
+        self.stream.cut()
+
+    def end(self) -> None:
+        """The peer's process is gone: what is on the way to the client arrives, then the end."""
+        self.healthy = False
+        self.stream.incoming.end()
+        self.stream.outgoing.cut()
+
+    def stall(self) -> None:
+        self.healthy, self.stalled = False, True
+        self.stream.incoming.stall()
+        self.stream.outgoing.stall()
+
+    def go_on(self) -> None:
+        self.stalled = False
+        self.stream.incoming.resume()
+        self.stream.outgoing.resume()
+
+    def truncate(self, towards_client: bool, after: int) -> None:
+        self.healthy = False
+        (self.stream.incoming if towards_client else self.stream.outgoing).truncate(after)
+
+    def delay(self, seconds: float) -> None:
+        self.stream.incoming.delay = self.stream.outgoing.delay = seconds
+
+
+@define(eq=False)
+class Pending:
+    """A request on a connection that has not been answered there. `key` is its request or ask id."""
+
+    kind: str
+    key: str
+    since: float
+    content: str = ""
+    waiting: frozenset[str] = frozenset()
+    """Of an abort: the inputs that were stored and waited when it was sent."""
+
+
+@define(eq=False)
+class Wire:
+    """One connection of a `RawClient`."""
+
+    link: Link
+    since: int
+    epoch: str | None
+    scope: trio.CancelScope = field(factory=trio.CancelScope)
+    outbox: deque[Json] = field(factory=deque)
+    wake: trio.Event = field(factory=trio.Event)
+    pending: list[Pending] = field(factory=list)
+    joined: bool = False
+    refused: bool = False
+    over: bool = False
+
+
+class RawClient:
+    """A client of its own making. `model` is what it knows; every frame is checked by it."""
+
+    def __init__(self, world: World, name: str, session_id: str, subject: str) -> None:
+        self.world = world
+        self.name = name
+        self.session_id = session_id
+        self.subject = subject
+        self.model = Client(name)
+        self.wire: Wire | None = None
+        self.unanswered: dict[str, Json] = {}
+        """Messages of which no connection has told their fate."""
+        self.sent = 0
+        self.refused_for_good: list[str] = []
+
+    @property
+    def joined(self) -> bool:
+        return self.wire is not None and self.wire.joined and not self.wire.over
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is joined and every request of it was answered."""
+        wire = self.wire
+        return self.joined and wire is not None and not wire.pending and not self.unanswered
+
+    def connect(self, link: Link) -> None:
+        """Open a new connection and forget the old one, whatever state that is in."""
+        if self.wire is not None:
+            self.wire.scope.cancel()
+        history = self.model.history
+        self.wire = Wire(link, self.model.cursor, history.epoch if history else None)
+        self.model.lost()
+        self.world.spawn(self._run, self.wire)
+
+    def _note(self, what: str) -> None:
+        self.world.note(self.name, what)
+
+    async def _run(self, wire: Wire) -> None:
+        hello = {
+            "type": "hello",
+            "protocol_min": 2,
+            "protocol_max": 2,
+            "agent_id": "agent",
+            "session_id": self.session_id,
+            "since": wire.since,
+            "token": self.subject,
+        }
+        if wire.epoch is not None:
+            hello["epoch"] = wire.epoch
+        try:
+            with wire.scope:
+                async with dial(
+                    URL, stream=wire.link.stream, connect_timeout=5, send_timeout=5, close_timeout=0.5
+                ) as ws:
+                    self._note(f"-> hello since {wire.since}")
+                    await ws.send(json.dumps(hello).encode())
+                    async with trio.open_nursery() as nursery:
+                        # Ends with the reader below, or when the line does.
+                        nursery.start_soon(self._write, ws, wire)
+                        while True:
+                            raw = await ws.receive()
+                            if wire is self.wire:
+                                for frame in _frames(raw):
+                                    self._take(wire, frame)
+        except* ConnectionLost as group:
+            lost = _leaf(group)
+            assert isinstance(lost, ConnectionLost)
+            self._note(f"lost: {lost.code} {lost.reason}")
+            self.world.check_close(lost.code, wire.refused)
+        finally:
+            wire.over = True
+            if wire is self.wire:
+                self.model.lost()
+
+    async def _write(self, ws: ClientSocket, wire: Wire) -> None:
+        while True:
+            wake = wire.wake
+            while wire.outbox:
+                await ws.send(json.dumps(wire.outbox.popleft()).encode())
+            await wake.wait()
+
+    def _push(self, frame: Json, key: str = "", content: str = "") -> bool:
+        wire, history = self.wire, self.model.live
+        if wire is None or history is None or not self.joined:
+            return False
+        wire.outbox.append(frame)
+        if frame["type"] not in ("signal", "pong"):
+            waiting = frozenset(history.until(history.head).queue)
+            wire.pending.append(Pending(frame["type"], key, trio.current_time(), content, waiting))
+        wire.wake.set()
+        wire.wake = trio.Event()
+        if frame["type"] != "pong":
+            self._note(f"-> {_brief(frame)}")
+        return True
+
+    # what it is told to do
+
+    def send(self, script: str, on_busy: str = "queue", again: bool = False, conflict: bool = False) -> None:
+        """Send a message: a new one, the newest once more (`again`), or its id with another content (`conflict`)."""
+        if not self.joined:
+            return
+        if not ((again or conflict) and self.sent):
+            self.sent += 1
+            conflict = again = False
+        request_id = f"{self.name}-{self.sent}"
+        history = self.model.live
+        assert history is not None
+        before = history.sent.get(request_id)
+        content = f"{request_id} {script}"
+        if before and not conflict:
+            content = before[0]
+        elif before:
+            content = f"{request_id} say:{len(before) + 1} custom return"
+        self.resend({"type": "message", "request_id": request_id, "content": content, "on_busy": on_busy})
+
+    def resend(self, frame: Json) -> None:
+        """Send a message frame as it is."""
+        history = self.model.live
+        assert history is not None
+        contents = history.sent.setdefault(frame["request_id"], [])
+        if frame["content"] not in contents:
+            contents.append(frame["content"])
+        history.modes.setdefault(frame["request_id"], frame["on_busy"])
+        if frame["on_busy"] == "interrupt":
+            history.causes.add("interrupt")
+            # Which of two sendings of one id was taken in is not known before it is in the log.
+            history.modes[frame["request_id"]] = "interrupt"
+        elif frame["on_busy"] == "collect" and history.modes[frame["request_id"]] != "interrupt":
+            history.modes[frame["request_id"]] = "collect"
+        if self._push(frame, frame["request_id"], frame["content"]) and frame["content"] == contents[0]:
+            self.unanswered[frame["request_id"]] = frame
+
+    def abort(self, scope: str = "turn", newest: bool = False) -> None:
+        """Abort by scope, or withdraw the newest message of its own."""
+        if self.model.live is not None and self.joined:
+            self.model.live.causes.add("abort")
+            if newest:
+                self._push({"type": "abort", "request_id": f"{self.name}-{self.sent}"})
+            else:
+                self._push({"type": "abort", "scope": scope}, scope)
+
+    def answer(self, value: Any) -> None:
+        """Answer the oldest open question with `value`, right or wrong; if none is open, one that does not exist."""
+        history = self.model.history
+        if history is not None:
+            asks = history.until(self.model.cursor).asks
+            ask_id = asks[0] if asks else "none"
+            self._push({"type": "answer", "ask_id": ask_id, "value": value}, ask_id)
+
+    def say(self, kind: str) -> None:
+        """Send one of ``ping``, ``resync``, ``leave`` or ``signal``."""
+        if kind == "signal":
+            self._push({"type": "signal", "name": "typing", "data": self.name})
+        else:
+            self._push({"type": kind})
+
+    # what it gets
+
+    def _take(self, wire: Wire, frame: Json) -> None:
+        kind, model = frame["type"], self.model
+        if kind not in ("ping", "presence", "signal"):
+            self._note(f"<- {_brief(frame)}")
+        if kind == "hello_ok":
+            model.hello(frame, self.world.history(frame["session_id"], frame["epoch"]), wire.since, wire.epoch)
+            wire.joined = True
+        elif kind == "hello_error":
+            wire.refused = True
+            if not frame["retryable"]:
+                raise Violation("well_behaved_clients_are_served", (20,), f"{self.name} is refused: {frame}")
+        elif kind == "snapshot":
+            model.snapshot(frame, self.world.history(self.session_id, frame["epoch"]))
+            wire.pending = [item for item in wire.pending if item.kind != "resync"]
+        elif "seq" in frame and kind != "accepted":
+            model.event(frame)
+        elif kind == "accepted":
+            stored = model.live.by_seq.get(frame["seq"], {}) if model.live is not None else {}
+            item = self._answered(
+                wire, "message", frame["request_id"], lambda item: item.content != stored.get("content")
+            )
+            model.accepted(frame, item.content)
+            self.unanswered.pop(frame["request_id"], None)
+        elif kind == "aborted":
+            self._check_aborted(frame, self._answered(wire, "abort"))
+        elif kind == "answer_ok":
+            self._answered(wire, "answer", frame["ask_id"])
+        elif kind == "pong":
+            self._answered(wire, "ping")
+        elif kind == "left":
+            self._answered(wire, "leave")
+        elif kind == "error":
+            self._refused(wire, frame)
+        elif kind == "ping":
+            self._push({"type": "pong"})
+        elif kind not in ("credit", "presence", "signal", "goaway"):
+            raise Violation("only_known_frames", (20,), f"{self.name} got {frame}")
+
+    def _answered(
+        self, wire: Wire, kind: str, key: str = "", unlikely: Callable[[Pending], bool] = lambda item: False
+    ) -> Pending:
+        """Take out the request that a reply is for: the oldest of its kind and key, those that are `unlikely` last."""
+        found = [item for item in wire.pending if item.kind == kind and (not key or item.key == key)]
+        for item in sorted(found, key=unlikely):
+            wire.pending.remove(item)
+            return item
+        raise Violation("every_reply_has_its_request", (6,), f"{self.name} got a reply to no {kind} {key} of its own")
+
+    def _refused(self, wire: Wire, frame: Json) -> None:
+        code, request_id = frame["code"], frame.get("request_id")
+        if code in ("no_active_turn", "unknown_request"):
+            self._answered(wire, "abort")
+        elif code == "unknown_ask" or (code == "invalid_frame" and "'value'" in frame["message"]):
+            self._answered(wire, "answer")
+        elif request_id is not None:
+            # Of one id with two contents, a conflict is about the one that came later.
+            newest = [item.content for item in wire.pending if item.key == request_id][-1:]
+            conflict = code == "request_id_conflict"
+            item = self._answered(
+                wire, "message", request_id, lambda item: conflict and not self._conflicts(item, newest)
+            )
+            self._check_refused(request_id, item, code)
+        elif code == "rate_limited":
+            self._answered(wire, "abort")
+        else:
+            raise Violation("every_reply_has_its_request", (6,), f"{self.name} got {frame}")
+
+    def _conflicts(self, item: Pending, newest: list[str]) -> bool:
+        history = self.model.live
+        assert history is not None
+        stored = [e["content"] for e in history.log if e["type"] == "input" and e["request_id"] == item.key]
+        return item.content != stored[0] if stored else item.content in newest
+
+    def _check_refused(self, request_id: str, item: Pending, code: str) -> None:
+        history = self.model.live
+        assert history is not None
+        if code == "request_id_conflict":
+            if all(content == item.content for content in history.sent[request_id]):
+                raise Violation("conflicts_are_real", (6,), f"{request_id} was never sent with another content")
+        elif code not in ("inbox_full", "busy", "draining", "unavailable", "rate_limited"):
+            raise Violation("errors_are_typed", (6,), f"{request_id} is refused with {code}")
+        if code in FINAL_ERRORS and self.unanswered.get(request_id, {}).get("content") == item.content:
+            del self.unanswered[request_id]
+
+    def _check_aborted(self, frame: Json, abort: Pending) -> None:
+        history = self.model.live
+        assert history is not None
+        aborted_means_over(history, frame)
+        if abort.key in ("queue", "all"):
+            withdrawn_before_cancelled(history, frame, abort.waiting)
+
+
+class LibraryClient:
+    """`gateway.open_session`, with a task that takes its events and one per request."""
+
+    def __init__(self, world: World, name: str, session_id: str, subject: str) -> None:
+        self.world = world
+        self.name = name
+        self.session_id = session_id
+        self.subject = subject
+        self.model = Client(name)
+        self.session: Session | None = None
+        self.opened = False
+        self.link: Link | None = None
+        self.open_requests: Counter[str] = Counter()
+        self.sent = 0
+        self._awake = trio.Event()
+        self._awake.set()
+
+    @property
+    def settled(self) -> bool:
+        return not self.open_requests["send"]
+
+    def _note(self, what: str) -> None:
+        self.world.note(self.name, what)
+
+    def _stream(self) -> MemoryByteStream:
+        self.link = self.world.new_link()
+        return self.link.stream
+
+    async def run(self) -> None:
+        """Live until cancelled."""
+        async with open_session(
+            URL,
+            "agent",
+            session_id=self.session_id,
+            token=self.subject,
+            connect=over(self._stream),
+            chance=self.world.chance,
+            connect_timeout=2.0,
+            handshake_timeout=2.0,
+            buffer_events=16,
+        ) as self.session:
+            session = self.session
+            while True:
+                await self._awake.wait()
+                try:
+                    item = await anext(session)
+                except StopAsyncIteration:
+                    raise Violation("well_behaved_clients_are_served", (20,), f"{self.name} was shut out") from None
+                self._take(session, item)
+
+    def _take(self, session: Session, item: Any) -> None:
+        model = self.model
+        assert session.epoch is not None
+        history = self.world.history(self.session_id, session.epoch)
+        if isinstance(item, Snapshot):
+            frame = json.loads(codec.encode_frame(item))
+            self._note(f"<- {_brief(frame)}")
+            model.lost()
+            model.snapshot(frame, history)
+        else:
+            frame = json.loads(codec.encode_event(item, item.first))
+            self._note(f"<- {_brief(frame)}")
+            if model.history is None or (model.history is not history and model.cursor == 0):
+                model._begin(history)
+            model.event(frame)
+            if item.type == "delta":
+                shown = session.text_of(item.turn_id, item.channel)
+                if shown != model.text(item.turn_id, item.channel):
+                    raise Violation("text_of_is_the_text", (4,), f"{self.name} shows {shown!r}")
+
+    def sulk(self) -> None:
+        """Take no events until `go_on`."""
+        if self._awake.is_set():
+            self._awake = trio.Event()
+
+    def go_on(self) -> None:
+        self._awake.set()
+
+    def send(self, script: str, on_busy: str = "queue") -> None:
+        """Send a message; nothing but a conflict or ``reject`` may keep it from being accepted."""
+        self.sent += 1
+        self.world.spawn(self._send, f"{self.name}-{self.sent}", script, on_busy)
+
+    async def _send(self, request_id: str, script: str, on_busy: str) -> None:
+        assert self.session is not None
+        content = f"{request_id} {script}"
+        self.world.remember(self.session_id, request_id, content, on_busy)
+        self._note(f"send {request_id} {on_busy}: {script}")
+        self.open_requests["send"] += 1
+        try:
+            accepted = await self.session.send(content, request_id=request_id, on_busy=on_busy)  # type: ignore[arg-type]
+        except RequestRefused as exc:
+            self._note(f"send {request_id}: {exc}")
+            if not (exc.code == "busy" and on_busy == "reject"):
+                raise Violation("sends_are_never_lost", (5, 6), f"{request_id} is refused: {exc}") from None
+        except SessionClosed:
+            self._note(f"send {request_id}: closed")
+        else:
+            self._note(f"send {request_id}: accepted as {accepted.seq}")
+            self.world.was_accepted(self.session_id, request_id, accepted.seq)
+        finally:
+            self.open_requests["send"] -= 1
+
+    def abort(self, scope: str = "turn") -> None:
+        self.world.spawn(self._request, "abort", scope)
+
+    def answer(self, value: Any) -> None:
+        self.world.spawn(self._request, "answer", value)
+
+    def resync(self) -> None:
+        self.world.spawn(self._request, "resync", None)
+
+    async def _request(self, kind: str, value: Any) -> None:
+        session = self.session
+        if session is None:
+            return
+        self._note(f"{kind} {value}")
+        try:
+            if kind == "abort":
+                self.world.cause(self.session_id, "abort")
+                with trio.move_on_after(20):
+                    await session.abort(scope=value)
+            elif kind == "answer":
+                asks = list(session.view.asks)
+                with trio.move_on_after(20):
+                    await session.answer(asks[0] if asks else "none", value)
+            else:
+                with trio.move_on_after(20):
+                    await session.resync()
+        except (ClientError, ValueError) as exc:
+            self._note(f"{kind}: {exc}")
+
+
+def _frames(raw: bytes) -> list[Json]:
+    parsed = json.loads(raw)
+    return parsed if isinstance(parsed, list) else [parsed]
+
+
+def _leaf(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
+def _brief(frame: Json) -> str:
+    """A frame in half a line."""
+    kind = frame["type"]
+    if kind == "hello_ok":
+        resync = f" resync {frame['resync_reason']}" if frame["resync_required"] else ""
+        return (
+            f"hello_ok {frame['epoch']} cursor {frame['cursor']} of {frame['oldest_cursor']}..{frame['head']}{resync}"
+        )
+    if kind == "snapshot":
+        turn = frame["turn"]["turn_id"] if frame["turn"] else "none"
+        queue = [item["request_id"] for item in frame["queue"]]
+        return f"snapshot at {frame['cursor']} ({frame['reason']}) turn {turn} queue {queue}"
+    if "seq" in frame and "first" in frame:
+        where = f"{frame['first']}..{frame['seq']}" if frame["first"] < frame["seq"] else str(frame["seq"])
+        rest = {key: value for key, value in frame.items() if key not in ("type", "seq", "first", "at")}
+        return f"{kind} {where} {_short(rest)}"
+    return f"{kind} {_short({key: value for key, value in frame.items() if key != 'type'})}"
+
+
+def _short(fields: Json) -> str:
+    parts = []
+    for key, value in fields.items():
+        if value in (None, {}, [], False) or key in ("durable", "metadata", "sender"):
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts.append(f"{key}={text if len(text) <= 60 else text[:57] + '...'}")
+    return " ".join(parts)

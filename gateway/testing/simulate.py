@@ -1,0 +1,292 @@
+"""Deterministic simulation: a whole gateway, its disk, its clients and agents, from one seed.
+
+    python -m gateway.testing.simulate --seed 1 --runs 200
+
+Theory of operation
+-------------------
+A *plan* is a list of steps drawn from the seed before anything runs. `run` carries it out under a virtual clock, with
+trio's scheduler seeded too, so a plan decides everything: the same plan gives the same trace, byte for byte. When an
+invariant is violated, `minimised` drops steps for as long as the plan still violates one; what is left is small enough
+to read, and is a file that can be replayed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+import trio.testing
+from attrs import evolve, field, frozen
+
+from gateway.testing.determinism import scheduled_by
+from gateway.testing.model import Json, Violation
+from gateway.testing.world import LIBRARY, RAW, ROOMY, TIGHT, Step, World
+
+LIMITS = {"tight": TIGHT, "roomy": ROOMY}
+
+
+@frozen
+class Plan:
+    """A history before it happens. `seed` is for the schedule; `limits` names one of `LIMITS`."""
+
+    seed: int
+    limits: str
+    steps: tuple[Step, ...]
+
+    def as_json(self) -> Json:
+        """For a file; `from_json` reads it."""
+        return {"seed": self.seed, "limits": self.limits, "steps": [step.as_json() for step in self.steps]}
+
+    @classmethod
+    def from_json(cls, data: Json) -> Plan:
+        """The plan of a file that `as_json` made."""
+        return cls(data["seed"], data["limits"], tuple(Step(**step) for step in data["steps"]))
+
+
+@frozen
+class Outcome:
+    """What came of a plan: the trace, and the violation if there was one."""
+
+    plan: Plan
+    trace: tuple[str, ...]
+    violation: Violation | None = None
+    events: int = field(default=0)
+    """Events and snapshots that clients got."""
+
+
+# --- drawing a plan --------------------------------------------------------------------------------------------------
+
+
+def plan(seed: int) -> Plan:
+    """Draw a history of some dozen steps."""
+    draw = random.Random(seed)
+    steps = [Step("start")]
+    names = [*RAW, *LIBRARY]
+    draw.shuffle(names)
+    present = names[: draw.randint(2, len(names))]
+    steps += [Step("join" if name in RAW else "open", name, draw.choice([1, 1, 20])) for name in present]
+    # Some histories are mostly about the disk, some about lines, some about crashes: so each is met in depth too.
+    weights = {name: weight * draw.choice([0, 1, 1, 3]) for name, (weight, _) in _WORLD.items()}
+    pace = draw.choice([3, 30, 300])
+    for _ in range(draw.randint(8, 60)):
+        after = draw.choice([0, 0, 1, draw.randint(0, pace), draw.randint(0, 10 * pace)])
+        if draw.random() < 0.65:
+            step = _client_step(draw, draw.choice(names))
+        else:
+            kinds = [kind for kind, weight in weights.items() if weight] or ["wait"]
+            kind = draw.choices(kinds, [weights[kind] or 1 for kind in kinds])[0]
+            step = _WORLD[kind][1](draw)
+        steps.append(evolve(step, after=after))
+    return Plan(seed, draw.choice(["tight", "tight", "roomy"]), tuple(steps))
+
+
+WORDS = (
+    "say:1", "say:3", "say:12", "think:2", "long:3", "long:12", "output", "progress:2", "state:3", "state:4", "custom",
+    "tool", "ask:300", "ask:0", "choose:700", "steer", "sleep:1", "sleep:20", "sleep:200", "sleep:900", "deaf:100",
+    "deaf:500", "stubborn:400", "raise", "fail",
+)  # fmt: skip
+
+
+def script(draw: random.Random) -> str:
+    """Draw a script for an agent."""
+    words = [draw.choice(WORDS) for _ in range(draw.choice([0, 1, 2, 3, 5, 8]))]
+    if draw.random() < 0.5:
+        words.append("return")
+    return " ".join(words)
+
+
+def _client_step(draw: random.Random, name: str) -> Step:
+    raw = name in RAW
+    kind = draw.choices(
+        ["send", "come", "abort", "answer", "say", "fault"],
+        [10, 3, 2, 3, 1, 2],
+    )[0]
+    if kind == "send":
+        how: Json = {"script": script(draw), "on_busy": draw.choice(["queue"] * 4 + _MODES)}
+        if raw:
+            how |= {"again": draw.random() < 0.15, "conflict": draw.random() < 0.05}
+        return Step("send", name, how=how)
+    if kind == "come":
+        return Step("join", name) if raw else Step(draw.choice(["open", "sulk", "take", "take"]), name)
+    if kind == "abort":
+        how = {"scope": draw.choice(["turn", "queue", "all", "all"])}
+        if raw:
+            how["newest"] = draw.random() < 0.2
+        return Step("abort", name, how=how)
+    if kind == "answer":
+        return Step("answer", name, how={"value": draw.choice([True, True, False, "a", "b", "c", 1])})
+    if kind == "say":
+        return Step(draw.choice(["ping", "resync", "leave", "signal"]) if raw else "resync", name)
+    fault = draw.choice(["cut", "cut", "stall", "unstall", "unstall", "truncate"])
+    how = {}
+    if fault == "truncate":
+        how = {"towards_client": draw.random() < 0.7, "after": draw.choice([0, 1, 7, 60, 300, 1500])}
+    return Step(fault, name, how=how)
+
+
+_MODES = ["interrupt", "steer", "collect", "collect", "reject"]
+_JUNK = ["", "\x00", "GET / HTTP/1.1\r\n\r\n", "GET /ws HTTP/1.1\r\nHost: x\r\n", "\xff\xfe\x81\x82", "\x16\x03\x01"]
+
+_WORLD: dict[str, tuple[int, Callable[[random.Random], Step]]] = {
+    "crash": (2, lambda draw: Step("crash", how={"lose": draw.choice([0, 0, 0, 0, 1, 3]), "cut": draw.random() < 0.5})),
+    "drain": (1, lambda draw: Step("drain")),
+    "slow": (
+        3,
+        lambda draw: Step("disk", how={"before": draw.choice([0, 1, 30, 400]), "after": draw.choice([0, 1, 30])}),
+    ),
+    "full": (2, lambda draw: Step("disk", how={"full": draw.random() < 0.6})),
+    "break": (1, lambda draw: Step("break")),
+    "lines": (2, lambda draw: Step("lines", how={"delay": draw.choice([0, 1, 40, 250])})),
+    "garbage": (1, lambda draw: Step("garbage", how={"data": draw.choice(_JUNK)})),
+    "stranger": (1, lambda draw: Step("stranger", how={"session_id": draw.choice(["s1", "s2"])})),
+    "wait": (2, lambda draw: Step("wait")),
+}
+
+
+# --- carrying it out -------------------------------------------------------------------------------------------------
+
+
+def run(plan: Plan, agent: Any = None, texts: Sequence[str] = ()) -> Outcome:
+    """Carry a plan out. Never raises for what the gateway does wrong: that is in the outcome.
+
+    Args:
+        agent: anything `gateway.open_gateway` takes as an agent, or None for the scripted one. It must take its time
+            from trio and use no threads, or the run cannot be repeated.
+        texts: with an agent of yours: what is sent instead of scripts.
+    """
+    worlds: list[World] = []
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            world = World(nursery, seed=plan.seed, limits=LIMITS[plan.limits], agent=agent, texts=texts)
+            worlds.append(world)
+            for step in plan.steps:
+                if step.after:
+                    await trio.sleep(step.after / 1000)
+                world.perform(step)
+            await world.come_to_rest()
+            await world.end()
+            nursery.cancel_scope.cancel()
+
+    violation: Violation | None = None
+    with scheduled_by(plan.seed):
+        try:
+            trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0), strict_exception_groups=True)
+        except BaseException as exc:
+            violation = _violation(exc)
+    (world,) = worlds
+    if violation is not None:
+        world.trace.append(f"violated: {violation}")
+    models = [client.model for client in world.raw.values()] + [client.model for client in world.library.values()]
+    events = sum(model.events + model.snapshots for model in models)
+    return Outcome(plan, tuple(world.trace), violation, events)
+
+
+def _violation(exc: BaseException) -> Violation:
+    """What went wrong first. Anything but a `Violation` is the process's death."""
+    leaves = list(_leaves(exc))
+    for leaf in leaves:
+        if isinstance(leaf, Violation):
+            return leaf
+        if not isinstance(leaf, Exception | trio.Cancelled):
+            raise leaf
+    violation = Violation("the_process_lives", (20,), repr(leaves[0]))
+    violation.__cause__ = leaves[0]
+    return violation
+
+
+def _leaves(exc: BaseException) -> list[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        return [leaf for one in exc.exceptions for leaf in _leaves(one)]
+    return [exc]
+
+
+def minimised(failing: Outcome, agent: Any = None, texts: Sequence[str] = ()) -> Outcome:
+    """A shorter plan that violates the same invariant, by dropping steps as long as that works (delta debugging)."""
+    assert failing.violation is not None
+    name = failing.violation.invariant
+    best = failing
+
+    def attempt(steps: Sequence[Step]) -> bool:
+        nonlocal best
+        outcome = run(evolve(best.plan, steps=tuple(steps)), agent, texts)
+        if outcome.violation is not None and outcome.violation.invariant == name:
+            best = outcome
+            return True
+        return False
+
+    size = max(1, len(best.plan.steps) // 2)
+    while True:
+        start, shrunk = 0, False
+        while start < len(best.plan.steps):
+            steps = best.plan.steps
+            if attempt([*steps[:start], *steps[start + size :]]):
+                shrunk = True
+            else:
+                start += size
+        if size > 1:
+            size //= 2
+        elif not shrunk:
+            return best
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, or 1 if an invariant was violated."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gateway.testing.simulate", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first history (default 0)")
+    parser.add_argument("--runs", type=int, default=1, help="how many histories, seeds counting up (default 1)")
+    parser.add_argument("--trace", action="store_true", help="print what happened in each")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="carry out the plan of a file instead")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="where a minimised failing plan goes")
+    parser.add_argument("--agent", metavar="MODULE:ATTR", help="an agent of yours instead of the scripted one")
+    parser.add_argument("--text", action="append", default=[], help="what is sent to it; may be given several times")
+    options = parser.parse_args(arguments)
+    agent = _load(options.agent) if options.agent else None
+    texts = tuple(options.text) or (("hello",) if agent else ())
+    if options.replay:
+        plans = [Plan.from_json(json.loads(options.replay.read_text()))]
+    else:
+        plans = [plan(seed) for seed in range(options.seed, options.seed + options.runs)]
+    events = 0
+    for one in plans:
+        outcome = run(one, agent, texts)
+        events += outcome.events
+        if outcome.violation is not None:
+            return _report(outcome, agent, texts, options.save or Path(f"simulation-{one.seed}.json"))
+        if options.trace:
+            print(f"seed {one.seed}, limits {one.limits}", *outcome.trace, sep="\n")
+    print(f"{len(plans)} histories, {events} events seen by clients: every invariant holds")
+    return 0
+
+
+def _report(outcome: Outcome, agent: Any, texts: Sequence[str], path: Path) -> int:
+    assert outcome.violation is not None
+    print(f"seed {outcome.plan.seed} violates {outcome.violation}")
+    print(f"minimising {len(outcome.plan.steps)} steps...", flush=True)
+    small = minimised(outcome, agent, texts)
+    path.write_text(json.dumps(small.plan.as_json(), indent=1) + "\n")
+    print(f"{len(small.plan.steps)} steps do, limits {small.plan.limits}:", *small.trace, sep="\n")
+    print(f"replay with: python -m gateway.testing.simulate --replay {path}")
+    return 1
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")
+    return getattr(importlib.import_module(module), attribute)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
