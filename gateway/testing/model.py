@@ -98,6 +98,7 @@ class Work:
     turn_id: str
     request_ids: list[str]
     attempt: int = 1
+    epoch: str = ""
     channels: dict[str, list[Word]] = field(factory=dict)
     answers: dict[str, Any] = field(factory=dict)
     """What `Turn.ask` returned, by prompt."""
@@ -117,7 +118,7 @@ class History:
     Attributes:
         log: every durable event committed, in order, as JSON without ``first``.
         reserved: the highest number that may be shown.
-        sent: request id → the contents that clients have sent under it.
+        sent: request id → the contents that clients have sent under it. modes: each `on_busy` they gave.
         told: request id → ``seq``, for each durable `accepted` that a client has got.
         work: what the agent did, by turn. Epochs of one session share it, as they share `sent`, `modes` and `causes`.
         causes: what may end a turn: ``abort``, ``interrupt``, ``crash``, ``failure`` or ``drain``.
@@ -130,7 +131,7 @@ class History:
     reserved: int = 0
     max_turn_ms: int = 0
     sent: dict[str, list[str]] = field(factory=dict)
-    modes: dict[str, str] = field(factory=dict)
+    modes: dict[str, set[str]] = field(factory=dict)
     told: dict[str, int] = field(factory=dict)
     work: dict[str, Work] = field(factory=dict)
     causes: set[str] = field(factory=set)
@@ -311,11 +312,10 @@ class Client:
         self.awaiting = None
         self.snapshots += 1
         self.cursor = frame["cursor"]
-        self.tails = {}
+        self.outputs, self.tails = {}, {}
         for event in frame["transcript"]:
             if event["type"] == "output":
                 self.outputs.setdefault((event["turn_id"], event["channel"]), {})[event["seq"]] = event["content"]
-        self.outputs = {key: dict(sorted(texts.items())) for key, texts in self.outputs.items()}
         turn = frame["turn"]
         self.turn = None if turn is None else turn["turn_id"]
         if frame["transcript_truncated"]:
@@ -611,13 +611,13 @@ def inputs_run_in_order(history: History) -> Iterator[str]:
     for event in history.log:
         if event["type"] == "turn_started" and event["attempt"] == 1:
             for request_id in event["request_ids"]:
-                if history.modes.get(request_id) == "interrupt":
+                if "interrupt" in history.modes.get(request_id, ()):
                     continue
                 if seqs[request_id] < newest:
                     yield f"{request_id} (number {seqs[request_id]}) runs after number {newest}"
                 newest = seqs[request_id]
             if len(event["request_ids"]) > 1:
-                unasked = [name for name in event["request_ids"] if history.modes.get(name, "collect") != "collect"]
+                unasked = [name for name in event["request_ids"] if "collect" not in history.modes.get(name, "collect")]
                 if unasked:
                     yield f"{event['request_ids']} run as one turn, but {unasked} did not ask for that"
 
@@ -679,6 +679,8 @@ def agents_get_the_answer_in_the_log(history: History) -> Iterator[str]:
             work = history.work.get(event["turn_id"])
             if question is None or work is None or question["prompt"] not in work.answers:
                 continue
+            if work.epoch != history.epoch:
+                continue  # what it got then was lost with the old epoch
             nothing = False if question["kind"] == "approval" else None
             shown = event["value"] if event["outcome"] == "answered" else nothing
             if work.answers[question["prompt"]] != shown:

@@ -64,29 +64,6 @@ class Outcome:
 # --- drawing a plan --------------------------------------------------------------------------------------------------
 
 
-def plan(seed: int) -> Plan:
-    """Draw a history of some dozen steps."""
-    draw = random.Random(seed)
-    steps = [Step("start")]
-    names = [*RAW, *LIBRARY]
-    draw.shuffle(names)
-    present = names[: draw.randint(2, len(names))]
-    steps += [Step("join" if name in RAW else "open", name, draw.choice([1, 1, 20])) for name in present]
-    # Some histories are mostly about the disk, some about lines, some about crashes: so each is met in depth too.
-    weights = {name: weight * draw.choice([0, 1, 1, 3]) for name, (weight, _) in _WORLD.items()}
-    pace = draw.choice([3, 30, 300])
-    for _ in range(draw.randint(8, 60)):
-        after = draw.choice([0, 0, 1, draw.randint(0, pace), draw.randint(0, 10 * pace)])
-        if draw.random() < 0.65:
-            step = _client_step(draw, draw.choice(names))
-        else:
-            kinds = [kind for kind, weight in weights.items() if weight] or ["wait"]
-            kind = draw.choices(kinds, [weights[kind] or 1 for kind in kinds])[0]
-            step = _WORLD[kind][1](draw)
-        steps.append(evolve(step, after=after))
-    return Plan(seed, draw.choice(["tight", "tight", "roomy"]), tuple(steps))
-
-
 WORDS = (
     "say:1", "say:3", "say:12", "think:2", "long:3", "long:12", "output", "progress:2", "state:3", "state:4", "custom",
     "tool", "ask:300", "ask:0", "choose:700", "steer", "sleep:1", "sleep:20", "sleep:200", "sleep:900", "deaf:100",
@@ -94,48 +71,100 @@ WORDS = (
 )  # fmt: skip
 
 
-def script(draw: random.Random) -> str:
-    """Draw a script for an agent."""
+@frozen
+class _Theme:
+    """What a history is mostly about: weights of what clients do and of what else happens, and favourite words."""
+
+    clients: dict[str, int] = field(factory=dict)
+    world: dict[str, int] = field(factory=dict)
+    words: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ("queue", "queue", "queue", "queue", "interrupt", "steer", "collect", "collect", "reject")
+
+
+_CLIENTS = {"send": 10, "burst": 1, "come": 3, "abort": 2, "answer": 2, "say": 1, "fault": 2}
+
+_THEMES = (
+    _Theme(),
+    _Theme(clients={"burst": 12, "abort": 4}, words=("say:1", "sleep:200", "steer", "sleep:20")),
+    _Theme(clients={"answer": 14}, words=("ask:0", "choose:0", "ask:300"), modes=("queue",)),
+    _Theme(clients={"fault": 9, "say": 4}, words=("long:12", "long:40", "sleep:200")),
+    _Theme(clients={"come": 8}, world={"crash": 12, "drain": 4}),
+    _Theme(world={"slow": 9, "full": 9, "break": 4}),
+)
+"""Each is met in depth by some histories, and all mixed by others."""
+
+
+def plan(seed: int) -> Plan:
+    """Draw a history of some dozen steps."""
+    draw = random.Random(seed)
+    theme = draw.choice(_THEMES)
+    steps = [Step("start")]
+    names = [*RAW, *LIBRARY]
+    draw.shuffle(names)
+    if draw.random() < 0.5:  # everyone in one session
+        names = [name for name in names if {**RAW, **LIBRARY}[name] == "s1"]
+    present = names[: draw.randint(2, len(names))]
+    steps += [Step("join" if name in RAW else "open", name, draw.choice([1, 1, 20])) for name in present]
+    clients = {**_CLIENTS, **theme.clients}
+    world = {kind: theme.world.get(kind, weight) for kind, (weight, _) in _WORLD.items()}
+    pace = draw.choice([3, 30, 300])
+    for _ in range(draw.randint(8, 60)):
+        after = draw.choice([0, 0, 1, draw.randint(0, pace), draw.randint(0, 10 * pace)])
+        if draw.random() < 0.8:
+            kind = draw.choices(list(clients), list(clients.values()))[0]
+            drawn = _client_steps(draw, draw.choice(names), kind, theme)
+        else:
+            kind = draw.choices(list(world), list(world.values()))[0]
+            drawn = [_WORLD[kind][1](draw)]
+        steps += [evolve(drawn[0], after=after), *drawn[1:]]
+    return Plan(seed, draw.choice(["tight", "tight", "roomy"]), tuple(steps))
+
+
+def _script(draw: random.Random, theme: _Theme) -> str:
     words = [draw.choice(WORDS) for _ in range(draw.choice([0, 1, 2, 3, 5, 8]))]
+    words += [draw.choice(theme.words) for _ in range(draw.choice([0, 1, 2])) if theme.words]
+    draw.shuffle(words)
     if draw.random() < 0.5:
         words.append("return")
     return " ".join(words)
 
 
-def _client_step(draw: random.Random, name: str) -> Step:
+def _client_steps(draw: random.Random, name: str, kind: str, theme: _Theme) -> list[Step]:
     raw = name in RAW
-    kind = draw.choices(
-        ["send", "come", "abort", "answer", "say", "fault"],
-        [10, 3, 2, 3, 1, 2],
-    )[0]
-    if kind == "send":
-        how: Json = {"script": script(draw), "on_busy": draw.choice(["queue"] * 4 + _MODES)}
-        if raw:
-            how |= {"again": draw.random() < 0.15, "conflict": draw.random() < 0.05}
-        return Step("send", name, how=how)
+    if kind in ("send", "burst"):
+        mode = draw.choice(theme.modes)
+        steps = []
+        for _ in range(1 if kind == "send" else draw.randint(2, 6)):
+            how: Json = {"script": _script(draw, theme), "on_busy": mode}
+            if raw:
+                how |= {"again": draw.random() < 0.15, "conflict": draw.random() < 0.05}
+            steps.append(Step("send", name, how=how))
+        return steps
     if kind == "come":
-        return Step("join", name) if raw else Step(draw.choice(["open", "sulk", "take", "take"]), name)
+        return [Step("join", name) if raw else Step(draw.choice(["open", "sulk", "take", "take"]), name)]
     if kind == "abort":
         how = {"scope": draw.choice(["turn", "queue", "all", "all"])}
         if raw:
             how["newest"] = draw.random() < 0.2
-        return Step("abort", name, how=how)
+        return [Step("abort", name, how=how)]
     if kind == "answer":
-        return Step("answer", name, how={"value": draw.choice([True, True, False, "a", "b", "c", 1])})
+        return [Step("answer", name, how={"value": draw.choice([True, True, False, "a", "b", "c", 1])})]
     if kind == "say":
-        return Step(draw.choice(["ping", "resync", "leave", "signal"]) if raw else "resync", name)
-    fault = draw.choice(["cut", "cut", "stall", "unstall", "unstall", "truncate"])
+        return [Step(draw.choice(["ping", "resync", "leave", "signal"]) if raw else "resync", name)]
+    fault = draw.choice(["cut", "cut", "stall", "stall", "unstall", "unstall", "truncate"])
     how = {}
     if fault == "truncate":
         how = {"towards_client": draw.random() < 0.7, "after": draw.choice([0, 1, 7, 60, 300, 1500])}
-    return Step(fault, name, how=how)
+    return [Step(fault, name, how=how)]
 
 
-_MODES = ["interrupt", "steer", "collect", "collect", "reject"]
 _JUNK = ["", "\x00", "GET / HTTP/1.1\r\n\r\n", "GET /ws HTTP/1.1\r\nHost: x\r\n", "\xff\xfe\x81\x82", "\x16\x03\x01"]
 
 _WORLD: dict[str, tuple[int, Callable[[random.Random], Step]]] = {
-    "crash": (2, lambda draw: Step("crash", how={"lose": draw.choice([0, 0, 0, 0, 1, 3]), "cut": draw.random() < 0.5})),
+    "crash": (
+        2,
+        lambda draw: Step("crash", how={"lose": draw.choice([0] * 9 + [1, 3, 30]), "cut": draw.random() < 0.5}),
+    ),
     "drain": (1, lambda draw: Step("drain")),
     "slow": (
         3,
@@ -180,7 +209,7 @@ def run(plan: Plan, agent: Any = None, texts: Sequence[str] = ()) -> Outcome:
         try:
             trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0), strict_exception_groups=True)
         except BaseException as exc:
-            violation = _violation(exc)
+            violation = first_violation(exc)
     (world,) = worlds
     if violation is not None:
         world.trace.append(f"violated: {violation}")
@@ -189,7 +218,7 @@ def run(plan: Plan, agent: Any = None, texts: Sequence[str] = ()) -> Outcome:
     return Outcome(plan, tuple(world.trace), violation, events)
 
 
-def _violation(exc: BaseException) -> Violation:
+def first_violation(exc: BaseException) -> Violation:
     """What went wrong first. Anything but a `Violation` is the process's death."""
     leaves = list(_leaves(exc))
     for leaf in leaves:

@@ -39,10 +39,10 @@ from gateway.transport.memory import MemoryByteStream, memory_pair
 TIGHT = Limits(
     max_inbox=4,
     segment_bytes=256,
-    replay_max_events=24,
+    replay_max_events=12,
     replay_max_bytes=64 * 1024,
-    snapshot_max_events=12,
-    max_buffered_bytes=4096,
+    snapshot_max_events=8,
+    max_buffered_bytes=2048,
     max_outbox=4,
     max_control_frames=32,
     heartbeat_ms=4_000,
@@ -58,7 +58,7 @@ TIGHT = Limits(
 
 ROOMY = evolve(TIGHT, replay_max_events=10_000, max_inbox=64, snapshot_max_events=200, idle_session_ms=60_000)
 
-CAPACITY = 16 * 1024
+CAPACITY = 4 * 1024
 """Bytes in flight on a line: small, so that a client that does not read blocks its connection."""
 
 REST_SECONDS = 120.0
@@ -187,7 +187,7 @@ class World:
         """A client of the library sends a message, perhaps before there is a session."""
         shared = self._shared[session_id]
         shared.sent.setdefault(request_id, []).append(content)
-        shared.modes[request_id] = on_busy
+        shared.modes.setdefault(request_id, set()).add(on_busy)
         if on_busy == "interrupt":
             shared.causes.add("interrupt")
 
@@ -313,6 +313,9 @@ class World:
             raise Violation("drain_is_bounded", (16,), "connections are left")
 
     def _check_crashes(self, gateway: Gateway) -> None:
+        closes = gateway.statistics().closes
+        if closes:
+            self.note("world", "it closed " + ", ".join(f"{why} x{count}" for why, count in sorted(closes.items())))
         if gateway.crashed_connections:
             raise Violation("connections_do_not_crash", (20,), f"{gateway.crashed_connections} did; see the log")
 
@@ -329,7 +332,6 @@ class World:
                 link.cut()
             else:
                 link.end()
-        self._links.clear()
         self.disk.kill()
         process.scope.cancel()
         self._running.clear()
