@@ -1,7 +1,4 @@
-"""Who acts in a simulated world: an agent that does what its messages say, and two kinds of clients.
-
-A message's content is a script for the agent: words like ``say:3 sleep:50 ask return``, carried out in order. So what
-an agent does is part of the history that is replayed and minimised, and is the same again after a crash.
+"""The clients of a simulated world, of two kinds, and their lines.
 
 `RawClient` speaks the protocol itself: JSON, a cursor, and the rules of PROTOCOL, checked on every frame. It connects
 only when told to. `LibraryClient` is `gateway.open_session` with all it does on its own.
@@ -18,11 +15,11 @@ import trio
 from attrs import define, field
 
 from gateway.client import Session, open_session, over
-from gateway.errors import ClientError, ConnectionLost, RequestRefused, SessionClosed, TurnFailed
+from gateway.errors import ClientError, ConnectionLost, RequestRefused, SessionClosed
 from gateway.protocol import codec
 from gateway.protocol.messages import Snapshot
-from gateway.session import Turn
-from gateway.testing.model import Client, Json, Violation, Work, aborted_means_over, withdrawn_before_cancelled
+from gateway.testing.invariants import aborted_means_over, withdrawn_before_cancelled
+from gateway.testing.model import Client, Json, Violation
 from gateway.transport.dial import ClientSocket, dial
 from gateway.transport.memory import MemoryByteStream
 
@@ -36,133 +33,6 @@ EXPECTED_CLOSES = (1000, 1006, 1011, 1012, 1013, 4408)
 
 FINAL_ERRORS = ("request_id_conflict", "busy")
 """Errors after which a message is not sent again."""
-
-
-class ScriptedAgent:
-    """Does what its messages say. Words are ``NAME`` or ``NAME:NUMBER``:
-
-    - ``say:N``, ``think:N``: N pieces of text on the channel ``answer`` or ``reasoning``; ``long:N``: N large ones
-    - ``output``: a final text on ``answer``; ``progress:N``, ``state:N``, ``custom``, ``tool``: one event of that kind
-    - ``ask:MS``, ``choose:MS``: a question that waits so long (0: for ever)
-    - ``steer``: take what clients handed to the running turn
-    - ``sleep:MS``; ``deaf:MS``: the same, and it cannot be cancelled; ``stubborn:N``: writes on after being cancelled
-    - ``raise``, ``fail``: end with an exception of its own, or of the gateway's for that purpose
-    - ``return``: end by returning all of ``answer``
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    async def __call__(self, turn: Turn) -> str | None:
-        world = self._world
-        history = world.histories[turn.session_id]
-        work = Work(turn.turn_id, [item.request_id for item in turn.inputs], turn.attempt, history.epoch)
-        history.work[turn.turn_id] = work
-        world.agent_enters(history, turn.turn_id)
-        world.note("agent", f"starts {turn.turn_id} for {' '.join(work.request_ids)}")
-        try:
-            result: str | None = None
-            for item in turn.inputs:
-                result = await _Script(world, turn, work, item.request_id).play(item.content)
-        except trio.Cancelled:
-            work.ended = "cancelled"
-            raise
-        except BaseException:
-            work.ended = "raised"
-            raise
-        else:
-            work.ended = "returned"
-            return result
-        finally:
-            world.agent_leaves(history, turn.turn_id)
-            world.note("agent", f"{work.ended} in {turn.turn_id}")
-
-
-class _Script:
-    """The script of one input within a turn."""
-
-    def __init__(self, world: World, turn: Turn, work: Work, request_id: str) -> None:
-        self._world = world
-        self._turn = turn
-        self._work = work
-        self._name = f"{turn.session_id}/{request_id}/{turn.attempt}"
-        self._count = 0
-
-    def _text(self, size: int = 0) -> str:
-        self._count += 1
-        return f"{self._name}.{self._count}{'.' * size} "
-
-    async def _write(self, channel: str, final: bool = False, size: int = 0) -> None:
-        text = self._text(size)
-        word = self._work.say(channel, text.strip(), final)
-        word.maybe = True  # until it is handed over
-        if final:
-            await self._turn.output(text, channel)
-        else:
-            await self._turn.send(text, channel)
-        word.maybe = False
-
-    async def play(self, content: str) -> str | None:
-        for word in content.split()[1:]:
-            name, _, number = word.partition(":")
-            if name == "return":
-                words = self._work.channels.get("answer", [])
-                return None if any(word.final for word in words) else "".join(f"{word.text} " for word in words) or None
-            await self._do(name, int(number or 1))
-        return None
-
-    async def _do(self, name: str, n: int) -> None:
-        turn = self._turn
-        if name in ("say", "think", "long"):
-            for _ in range(n):
-                await self._write("reasoning" if name == "think" else "answer", size=400 if name == "long" else 0)
-        elif name == "output":
-            await self._write("answer", final=True)
-        elif name == "progress":
-            await turn.progress("step", n)
-        elif name == "state":
-            await turn.update_state({"n": n, self._name: None if n % 2 else n})
-        elif name == "custom":
-            await turn.custom("note", self._name)
-        elif name == "tool":
-            call = await turn.tool_call("look", {"at": self._name})
-            await turn.tool_result(call, n)
-        elif name in ("ask", "choose"):
-            prompt = self._text()
-            timeout = n / 1000 if n > 1 else None
-            if name == "ask":
-                self._work.answers[prompt] = await turn.ask("approval", prompt, timeout=timeout)
-            else:
-                self._work.answers[prompt] = await turn.ask("choice", prompt, options=["a", "b"], timeout=timeout)
-        elif name == "steer":
-            for item in turn.steered():
-                self._world.note("agent", f"takes {item.request_id} into {turn.turn_id}")
-        elif name == "sleep":
-            await trio.sleep(n / 1000)
-        elif name == "deaf":
-            with trio.CancelScope(shield=True):
-                await trio.sleep(n / 1000)
-        elif name == "stubborn":
-            try:
-                await trio.sleep(n / 1000)
-            finally:
-                await self._write_on()
-        elif name == "raise":
-            raise RuntimeError(self._name)
-        elif name == "fail":
-            raise TurnFailed("told_to", self._name)
-        else:
-            raise AssertionError(f"no such word: {name}")
-
-    async def _write_on(self) -> None:
-        """Go on writing after a cancellation, for a while longer than the gateway waits."""
-        with trio.CancelScope(shield=True):
-            for _ in range(4):
-                await trio.sleep(0.1)
-                try:
-                    await self._write("answer")
-                except Exception as exc:
-                    self._world.note("agent", f"is refused: {type(exc).__name__}")
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
@@ -358,14 +228,14 @@ class RawClient:
         # Which of two sendings of one id was taken in is not known before it is in the log.
         history.modes.setdefault(frame["request_id"], set()).add(frame["on_busy"])
         if frame["on_busy"] == "interrupt":
-            history.causes.add("interrupt")
+            history.causes["interrupt"] += 1
         if self._push(frame, frame["request_id"], frame["content"]) and frame["content"] == contents[0]:
             self.unanswered[frame["request_id"]] = frame
 
     def abort(self, scope: str = "turn", newest: bool = False) -> None:
         """Abort by scope, or withdraw the newest message of its own."""
         if self.model.live is not None and self.joined:
-            self.model.live.causes.add("abort")
+            self.model.live.causes["abort"] += 1
             if newest:
                 self._push({"type": "abort", "request_id": f"{self.name}-{self.sent}"})
             else:

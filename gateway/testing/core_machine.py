@@ -22,15 +22,8 @@ from gateway.protocol.handshake import FEATURES, position_for
 from gateway.protocol.keys import Key, Keys, digest_of
 from gateway.protocol.log import CursorExpired, Log
 from gateway.protocol.view import SessionView, encode_snapshot
-from gateway.testing.model import (
-    VOLATILE,
-    Client,
-    History,
-    Violation,
-    Work,
-    check_always,
-    the_cursor_is_continued_or_resynced,
-)
+from gateway.testing.invariants import VOLATILE, the_cursor_is_continued_or_resynced
+from gateway.testing.model import Client, History, Violation, Work, check_always
 
 BLOCK = 32
 """Numbers reserved at once: few, so that a crash often skips some and a history often crosses into a new block."""
@@ -259,7 +252,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(loses_history=st.booleans().map(lambda lose: lose))
     def crash(self, loses_history: bool) -> None:
         """The process dies and comes back from its store; perhaps as another epoch, which forgets nothing here."""
-        self.history.causes.add("crash")
+        self.history.causes["crash"] += 1
         for peer in self.peers.values():
             self._cut(peer)
         if loses_history:

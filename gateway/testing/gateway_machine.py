@@ -30,9 +30,18 @@ library_clients = st.sampled_from(list(LIBRARY))
 scripts = st.lists(st.sampled_from(WORDS), max_size=4).flatmap(
     lambda words: st.sampled_from([" ".join(words), " ".join([*words, "return"])])
 )
-"""What the agent does in a turn: see `gateway.testing.actors.ScriptedAgent`."""
+"""What the agent does in a turn: see `gateway.testing.scripted.ScriptedAgent`."""
 
 busy_modes = st.sampled_from(["queue", "queue", "interrupt", "steer", "collect", "reject"])
+
+
+PROCESS = [
+    ("crash", {"lose": 0, "cut": True}),
+    ("crash", {"lose": 0, "cut": False}),
+    ("crash", {"lose": 3, "cut": True}),
+    ("drain", {}),
+    ("break", {}),
+]
 
 
 class GatewayMachine(RuleBasedStateMachine):
@@ -63,6 +72,16 @@ class GatewayMachine(RuleBasedStateMachine):
         assert world is not None
         self._guarded(lambda: self._stage.do(lambda: world.perform(Step(do, who, 0, how))))
 
+    def _ask(self, do: str, who: str, **how: Any) -> None:
+        """A step of a client that wants something: it comes first if it is not there."""
+        world = self._world
+        assert world is not None
+        if who in LIBRARY:
+            self._perform("open", who)
+        elif not world.raw[who].joined:
+            self._perform("join", who)
+        self._perform(do, who, **how)
+
     @initialize(seed=st.integers(0, 2**16), limits=st.sampled_from(sorted(LIMITS)))
     def begin(self, seed: int, limits: str) -> None:
         self._stack.enter_context(scheduled_by(seed))
@@ -88,37 +107,37 @@ class GatewayMachine(RuleBasedStateMachine):
 
     @rule(who=clients, script=scripts, on_busy=busy_modes)
     def send(self, who: str, script: str, on_busy: str) -> None:
-        self._perform("send", who, script=script, on_busy=on_busy)
+        self._ask("send", who, script=script, on_busy=on_busy)
 
     @rule(who=raw_clients, conflict=st.booleans(), on_busy=busy_modes)
     def send_again(self, who: str, conflict: bool, on_busy: str) -> None:
         """The newest request id once more, with the same content or another."""
-        self._perform("send", who, script="say:1", again=not conflict, conflict=conflict, on_busy=on_busy)
+        self._ask("send", who, script="say:1", again=not conflict, conflict=conflict, on_busy=on_busy)
 
     @rule(who=clients, n=st.integers(3, 7))
     def fill_the_inbox(self, who: str, n: int) -> None:
         for _ in range(n):
-            self._perform("send", who, script="sleep:200 say:1", on_busy="queue")
+            self._ask("send", who, script="sleep:200 say:1", on_busy="queue")
 
     @rule(who=clients, scope=st.sampled_from(["turn", "queue", "all"]))
     def abort(self, who: str, scope: str) -> None:
-        self._perform("abort", who, scope=scope)
+        self._ask("abort", who, scope=scope)
 
     @rule(who=raw_clients)
     def withdraw(self, who: str) -> None:
-        self._perform("abort", who, newest=True)
+        self._ask("abort", who, newest=True)
 
     @rule(who=clients, value=st.sampled_from([True, False, "a", "c", 1]))
     def answer(self, who: str, value: Any) -> None:
-        self._perform("answer", who, value=value)
+        self._ask("answer", who, value=value)
 
     @rule(who=raw_clients, what=st.sampled_from(["ping", "signal", "leave"]))
     def say(self, who: str, what: str) -> None:
-        self._perform(what, who)
+        self._ask(what, who)
 
     @rule(who=clients)
     def resync(self, who: str) -> None:
-        self._perform("resync", who)
+        self._ask("resync", who)
 
     @rule(who=library_clients, what=st.sampled_from(["sulk", "take"]))
     def stop_taking_events(self, who: str, what: str) -> None:
@@ -134,31 +153,22 @@ class GatewayMachine(RuleBasedStateMachine):
     def truncate(self, who: str, towards_client: bool, after: int) -> None:
         self._perform("truncate", who, towards_client=towards_client, after=after)
 
-    @rule(delay=st.sampled_from([0, 30, 250]))
-    def delay(self, delay: int) -> None:
+    @rule(delay=st.sampled_from([0, 30, 250]), session_id=st.sampled_from(["s1", "s2"]))
+    def stranger(self, delay: int, session_id: str) -> None:
+        """Somebody else wants to join, over a line with a delay that all new lines have from now on."""
         self._perform("lines", delay=delay)
-
-    @rule(session_id=st.sampled_from(["s1", "s2"]))
-    def stranger(self, session_id: str) -> None:
         self._perform("stranger", session_id=session_id)
 
     # process and disk
 
-    @rule(lose=st.sampled_from([0, 0, 0, 1, 5]), cut=st.booleans())
-    def crash(self, lose: int, cut: bool) -> None:
-        self._perform("crash", lose=lose, cut=cut)
-
-    @rule()
-    def drain(self) -> None:
-        self._perform("drain")
+    @rule(what=st.sampled_from(PROCESS))
+    def process(self, what: tuple[str, dict[str, Any]]) -> None:
+        """The process is killed and started again, or drained, or one of its writes fails in a way it cannot mend."""
+        self._perform(what[0], **what[1])
 
     @rule(before=st.sampled_from([0, 20, 300]), after=st.sampled_from([0, 20]), full=st.booleans())
     def disk(self, before: int, after: int, full: bool) -> None:
         self._perform("disk", before=before, after=after, full=full)
-
-    @rule()
-    def disk_breaks(self) -> None:
-        self._perform("break")
 
     @rule(ms=st.sampled_from([1, 20, 100, 100, 400, 1_500, 7_000]))
     def time_passes(self, ms: int) -> None:

@@ -31,9 +31,10 @@ from gateway.server import Gateway, Identity, open_gateway
 from gateway.server.auth import unauthorized
 from gateway.session import Sources
 from gateway.store import SessionRecord
-from gateway.testing.actors import EXPECTED_CLOSES, LibraryClient, Link, RawClient, ScriptedAgent
+from gateway.testing.actors import EXPECTED_CLOSES, LibraryClient, Link, RawClient
 from gateway.testing.disk import Commit, Disk, DiskStore
 from gateway.testing.model import History, Json, Violation, check_always, check_at_rest
+from gateway.testing.scripted import ScriptedAgent
 from gateway.transport.memory import MemoryByteStream, memory_pair
 
 TIGHT = Limits(
@@ -189,11 +190,11 @@ class World:
         shared.sent.setdefault(request_id, []).append(content)
         shared.modes.setdefault(request_id, set()).add(on_busy)
         if on_busy == "interrupt":
-            shared.causes.add("interrupt")
+            shared.causes["interrupt"] += 1
 
     def cause(self, session_id: str, what: str) -> None:
         """Note what may end a turn of a session."""
-        self._shared[session_id].causes.add(what)
+        self._shared[session_id].causes[what] += 1
 
     def _cause_everywhere(self, what: str) -> None:
         for session_id in self._shared:
