@@ -20,7 +20,7 @@ from gateway.protocol import codec
 from gateway.protocol import messages as m
 from gateway.protocol.handshake import FEATURES, position_for
 from gateway.protocol.keys import Key, Keys, digest_of
-from gateway.protocol.log import CursorExpired, Log
+from gateway.protocol.log import Chunk, CursorExpired, Log, Tails
 from gateway.protocol.view import SessionView, encode_snapshot
 from gateway.testing.invariants import VOLATILE, the_cursor_is_continued_or_resynced
 from gateway.testing.model import Client, History, Violation, Work, check_always
@@ -52,10 +52,12 @@ class CoreMachine(RuleBasedStateMachine):
         max_events=st.sampled_from([8, 12, 1_000]),
         max_bytes=st.sampled_from([1_500, 100_000]),
         buffer_events=st.sampled_from([4, 1_000]),
+        tail=st.sampled_from([1, 600, 1 << 40]),
     )
-    def begin(self, max_events: int, max_bytes: int, buffer_events: int) -> None:
+    def begin(self, max_events: int, max_bytes: int, buffer_events: int, tail: int) -> None:
         self.max_events, self.max_bytes = max_events, max_bytes
-        self.log = Log(max_events=max_events, max_bytes=max_bytes)
+        self.tails = Tails(tail, 1 << 60)
+        self.log = Log(max_events=max_events, max_bytes=max_bytes, tails=self.tails)
         self.view = SessionView()
         self.keys = Keys(WINDOW_MS)
         self.history = History("s", "e1", reserved=BLOCK)
@@ -88,13 +90,14 @@ class CoreMachine(RuleBasedStateMachine):
         durable = [event for event in events if not event.volatile]
         self.history.commit([json.loads(codec.encode_event(event, event.seq)) for event in durable], reserved)
         self.stored += durable
-        while len(self.stored) > self.max_events:
-            self.store_floor = self.stored.pop(0).seq
         for event in events:
             self.log.append(event)
             self.view.apply(event)
             if isinstance(event, m.Delta):
                 self.pieces.append(event)
+        # A store keeps no less than the log does.
+        while self.stored and self.stored[0].seq <= self.log.floor:
+            self.store_floor = self.stored.pop(0).seq
 
     def _word(self) -> str:
         self.count += 1
@@ -262,7 +265,7 @@ class CoreMachine(RuleBasedStateMachine):
             for work in self.history.work.values():
                 work.epoch = self.history.epoch
         base = self.store_floor
-        self.log = Log(max_events=self.max_events, max_bytes=self.max_bytes, base=base)
+        self.log = Log(max_events=self.max_events, max_bytes=self.max_bytes, base=base, tails=self.tails)
         view, self.view = self.view, SessionView()
         for event in self.stored:
             self.log.append(event)
@@ -277,6 +280,21 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(ms=st.sampled_from([1, 50_000, 60_000]))
     def time_passes(self, ms: int) -> None:
         self.now += ms
+
+    @rule()
+    def let_go(self) -> None:
+        """Memory is left to the store, as far as there is too much of it."""
+        self.log.let_go()
+
+    def _loaded(self, after: int, upto: int) -> list[m.Event]:
+        return [event for event in self.stored if after < event.seq <= upto]
+
+    def _read(self, cursor: int, budget: int) -> Chunk:
+        """What follows a cursor, from memory or from the store."""
+        log = self.log
+        if cursor >= log.tail:
+            return log.read(cursor, budget)
+        return log.page(cursor, self._loaded(cursor, log.page_end(cursor, budget))).read(cursor, budget)
 
     # the connections
 
@@ -312,9 +330,16 @@ class CoreMachine(RuleBasedStateMachine):
             self._snapshot(peer, position.resync)
 
     def _snapshot(self, peer: Peer, reason: m.ResyncReason) -> None:
+        missing = self.log.older_than_tail(8, 1 << 20)
         peer.line.append(
             encode_snapshot(
-                self.view, self.log, epoch=self.history.epoch, reason=reason, max_events=8, max_bytes=1 << 20
+                self.view,
+                self.log,
+                epoch=self.history.epoch,
+                reason=reason,
+                max_events=8,
+                max_bytes=1 << 20,
+                older=self._loaded(*missing) if missing is not None else (),
             )
         )
         peer.cursor = self.log.head
@@ -349,7 +374,7 @@ class CoreMachine(RuleBasedStateMachine):
         if peer.cursor is None or peer.cursor == self.log.head:
             return
         try:
-            chunk = self.log.read(peer.cursor, budget)
+            chunk = self._read(peer.cursor, budget)
         except CursorExpired:
             self._snapshot(peer, "cursor_expired")
             return
@@ -418,7 +443,7 @@ class CoreMachine(RuleBasedStateMachine):
         running = None if self.turn is None else self.turn.turn_id
         durable = []
         while position < log.head:
-            chunk = log.read(position, budget)
+            chunk = self._read(position, budget)
             if not chunk.payloads:
                 raise Violation("reads_make_progress", (13,), f"nothing after {position}, the head is {log.head}")
             for payload in chunk.payloads:
@@ -450,8 +475,18 @@ class CoreMachine(RuleBasedStateMachine):
             raise Violation("the_log_is_bounded", (12,), f"{log.retained_events} events of {self.max_events}")
         if log.retained_bytes > self.max_bytes and log.retained_events > 1:
             raise Violation("the_log_is_bounded", (12,), f"{log.retained_bytes} bytes of {self.max_bytes}")
-        if any(event.volatile and event.turn_id != (self.turn and self.turn.turn_id) for event in log):  # type: ignore[attr-defined]
-            raise Violation("text_is_superseded", (4, 12), "the log keeps deltas of a turn that has ended")
+        latest: dict[str, int] = {}
+        for event in self.history.log:
+            if event["type"] == "output":
+                latest[event["channel"]] = event["seq"]
+        running = None if self.turn is None else self.turn.turn_id
+        for entry in log:
+            if isinstance(entry, m.Delta | m.Progress) and entry.turn_id != running:
+                raise Violation(
+                    "text_is_superseded", (4, 12), f"the log keeps {entry.type} {entry.seq}: its turn is over"
+                )
+            if isinstance(entry, m.Delta) and entry.seq < latest.get(entry.channel, 0):
+                raise Violation("text_is_superseded", (4, 12), f"the log keeps delta {entry.seq} beside its output")
 
     def teardown(self) -> None:
         """At the end everyone connects, reads everything, and shows the same."""

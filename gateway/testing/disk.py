@@ -14,6 +14,7 @@ from attrs import evolve, frozen
 
 from gateway.config import MIB
 from gateway.errors import StoreUnavailable, StoreUnusable
+from gateway.protocol.messages import Event
 from gateway.store import Purged, SessionRecord, Store, Stored, StoredSession
 from gateway.store.memory import MemoryStore
 
@@ -122,9 +123,10 @@ class Disk:
             raise StoreUnusable("the disk is broken")
 
     async def read(self, store: DiskStore, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Carry a read out."""
+        """Carry a read out, as slowly as a write."""
         try:
             await trio.lowlevel.checkpoint()
+            await trio.sleep(self.before)
             await self._alive(store)
         except BaseException:
             coroutine.close()
@@ -156,9 +158,16 @@ class DiskStore(Store):
     async def append(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
         await self._disk.commit(self, Commit(session_id, reserved, None, tuple(batch)))
 
-    async def load(self, session_id: str, *, max_events: int, max_bytes: int) -> StoredSession | None:
-        memory = self._disk._memory
-        return await self._disk.read(self, memory.load(session_id, max_events=max_events, max_bytes=max_bytes))
+    async def load(
+        self, session_id: str, *, max_events: int, max_bytes: int, tail_bytes: int = 1 << 62
+    ) -> StoredSession | None:
+        load = self._disk._memory.load
+        return await self._disk.read(
+            self, load(session_id, max_events=max_events, max_bytes=max_bytes, tail_bytes=tail_bytes)
+        )
+
+    async def read(self, session_id: str, after: int, upto: int) -> list[Event]:
+        return await self._disk.read(self, self._disk._memory.read(session_id, after, upto))
 
     async def delete(self, session_id: str) -> None:
         raise NotImplementedError("no simulated world deletes a session")

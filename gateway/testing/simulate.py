@@ -27,9 +27,9 @@ from attrs import evolve, field, frozen
 
 from gateway.testing.determinism import scheduled_by
 from gateway.testing.model import Json, Violation
-from gateway.testing.world import LIBRARY, RAW, ROOMY, TIGHT, Step, World
+from gateway.testing.world import DEEP, LIBRARY, RAW, ROOMY, TIGHT, Step, World
 
-LIMITS = {"tight": TIGHT, "roomy": ROOMY}
+LIMITS = {"tight": TIGHT, "deep": DEEP, "roomy": ROOMY}
 
 
 @frozen
@@ -117,7 +117,7 @@ def plan(seed: int) -> Plan:
             kind = draw.choices(list(world), list(world.values()))[0]
             drawn = [_WORLD[kind][1](draw)]
         steps += [evolve(drawn[0], after=after), *drawn[1:]]
-    return Plan(seed, draw.choice(["tight", "tight", "roomy"]), tuple(steps))
+    return Plan(seed, draw.choice(["tight", "tight", "deep", "roomy"]), tuple(steps))
 
 
 def _script(draw: random.Random, theme: _Theme) -> str:
@@ -238,7 +238,7 @@ def _leaves(exc: BaseException) -> list[BaseException]:
 
 
 def minimised(failing: Outcome, agent: Any = None, texts: Sequence[str] = ()) -> Outcome:
-    """A shorter plan that violates the same invariant, by dropping steps as long as that works (delta debugging)."""
+    """A shorter plan that violates the same invariant: steps and pauses are dropped as long as it does."""
     assert failing.violation is not None
     name = failing.violation.invariant
     best = failing
@@ -263,7 +263,12 @@ def minimised(failing: Outcome, agent: Any = None, texts: Sequence[str] = ()) ->
         if size > 1:
             size //= 2
         elif not shrunk:
-            return best
+            break
+    for i, step in enumerate(best.plan.steps):
+        if step.after:
+            steps = best.plan.steps
+            attempt([*steps[:i], evolve(step, after=0), *steps[i + 1 :]])
+    return best
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

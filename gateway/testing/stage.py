@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from typing import Any, TypeVar
 
 import outcome
@@ -32,6 +33,7 @@ class Stage:
         self._still = False
         self._job: Callable[[], Any] | None = None
         self._result: Any = None
+        self._pause = 0.0
         self._closing = False
         self._outcome: outcome.Outcome[None] | None = None
         self._clock = trio.testing.MockClock()
@@ -55,6 +57,11 @@ class Stage:
                 job, self._job = self._job, None
                 if job is not None:
                     self._result = job()
+                pause, self._pause = self._pause, 0.0
+                if pause:
+                    self._clock.autojump_threshold = 0
+                    await trio.sleep(pause)
+                    self._clock.autojump_threshold = inf
             self.nursery.cancel_scope.cancel()
 
     def _done(self, result: outcome.Outcome[None]) -> None:
@@ -81,11 +88,8 @@ class Stage:
 
     def advance(self, seconds: float) -> None:
         """Let time pass, from one deadline to the next, and let each have its effect."""
-        end = self.do(trio.current_time) + seconds
-        while (now := self.do(trio.current_time)) < end:
-            left = self.do(lambda: trio.lowlevel.current_statistics().seconds_to_next_deadline)
-            self._clock.jump(min(max(left, 1e-6), end - now))
-            self._go_on()
+        self._pause = seconds
+        self._go_on()
 
     def close(self) -> None:
         """Cancel everything that is on the stage, and end the run."""

@@ -57,6 +57,9 @@ TIGHT = Limits(
 )
 """Limits so small that a history of a few seconds meets every one of them."""
 
+DEEP = evolve(TIGHT, replay_max_events=10_000, max_inbox=8, tail_max_bytes=1024)
+"""A long history of which next to nothing is in memory: who comes back reads it from the disk."""
+
 ROOMY = evolve(TIGHT, replay_max_events=10_000, max_inbox=64, snapshot_max_events=200, idle_session_ms=60_000)
 
 CAPACITY = 4 * 1024

