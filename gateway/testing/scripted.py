@@ -126,7 +126,7 @@ class _Script:
             try:
                 await trio.sleep(n / 1000)
             finally:
-                await self._write_on()
+                await self._write_on()  # noqa: ASYNC102 - this is what it is for
         elif name == "raise":
             raise RuntimeError(self._name)
         elif name == "fail":

@@ -208,7 +208,7 @@ def run(plan: Plan, agent: Any = None, texts: Sequence[str] = ()) -> Outcome:
     with scheduled_by(plan.seed):
         try:
             trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0), strict_exception_groups=True)
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: ASYNC103 - trio.run is over
             violation = first_violation(exc)
     (world,) = worlds
     if violation is not None:
