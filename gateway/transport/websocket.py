@@ -81,6 +81,12 @@ class Phase(IntEnum):
 class HandshakeFailed(TransportError):
     """The upgrade request was refused or never completed; the peer got an HTTP answer where one was possible."""
 
+    status = b"400 Bad Request"
+
+
+class _NoRequest(HandshakeFailed):
+    status = b"408 Request Timeout"
+
 
 class _Wire(trio.abc.HalfCloseableStream):
     """The stream trio-websocket sees."""
@@ -592,10 +598,7 @@ def _close_frame(code: int, reason: str) -> bytes:
     return bytes((0x88, len(payload))) + payload
 
 
-_BAD_REQUEST = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n"
-    b"Content-Length: %d\r\n\r\n%b"
-)
+_ANSWER = b"HTTP/1.1 %b\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
 
 
 @asynccontextmanager
@@ -625,7 +628,7 @@ async def open_server_websocket(
             with trio.move_on_after(handshake_timeout):
                 await ws._handshake()
             if ws._request is None:
-                raise HandshakeFailed("no upgrade request within the time limit")
+                raise _NoRequest("no upgrade request within the time limit")
             yield ws
             await ws._finish(close_timeout)
             nursery.cancel_scope.cancel()
@@ -633,11 +636,12 @@ async def open_server_websocket(
         # Before the request is there, whatever went wrong is the request's fault: the library raises on some heads.
         if ws is None or ws._request is not None:
             raise
-        why = next((str(exc) for exc in _leaves(group) if isinstance(exc, HandshakeFailed)), "malformed request")
+        failed = next((exc for exc in _leaves(group) if isinstance(exc, HandshakeFailed)), None)
+        failed = failed or HandshakeFailed("malformed request")
         if not ws._wrote:
-            _answer_bad_request(stream, why)
+            _answer_in_http(stream, failed)
         await end_gently(stream, min(LINGER, close_timeout))
-        raise HandshakeFailed(why) from None
+        raise failed from None
     finally:
         await stream.aclose()
 
@@ -650,8 +654,8 @@ def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
             yield exc
 
 
-def _answer_bad_request(stream: ByteStream, why: str) -> None:
+def _answer_in_http(stream: ByteStream, failed: HandshakeFailed) -> None:
     """Say it in HTTP, as far as one non-blocking write goes."""
-    body = f"{why}\n".encode()
+    body = f"{failed}\n".encode()
     with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        stream.send_nowait(_BAD_REQUEST % (len(body), body))
+        stream.send_nowait(_ANSWER % (failed.status, len(body), body))
