@@ -390,8 +390,8 @@ class Chat:
                 self._tail = ""
             case ToolCall():
                 screen.note(f"uses {event.name}")
-            case Progress() if screen.interactive:
-                screen.note(f"{event.key}: {event.data}")
+            case Progress():
+                screen.status(f"{event.key}: {event.data}")
             case Ask() if event.ask_id in self._session.view.asks:
                 self._show_ask(event)
             case Answered():

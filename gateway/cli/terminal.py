@@ -11,6 +11,7 @@ import io
 import os
 import re
 import select
+import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -138,8 +139,9 @@ class Screen:
         plain = os.environ.get("TERM") == "dumb" or "NO_COLOR" in os.environ
         self._ansi = self.interactive and not plain
         self._dim_notes = err.isatty() and not plain
-        # Of the terminal's present line: nothing on it, text without an end, or the prompt.
-        self._line: Literal["empty", "text", "prompt"] = "empty"
+        # Of the terminal's present line: nothing on it, text without an end, the prompt, or a status.
+        self._line: Literal["empty", "text", "prompt", "status"] = "empty"
+        self._status = ""
         self._style = ""
 
     @property
@@ -152,7 +154,7 @@ class Screen:
             return
         if self.interactive:
             text = _CONTROL.sub("", text)
-        if self._line == "prompt":
+        if self._line in ("prompt", "status"):
             self.end_line()
         style = _DIM if dim and self._ansi else ""
         self._out.write(f"{style}{text}{_PLAIN if style else ''}")
@@ -172,6 +174,26 @@ class Screen:
         self._err.write(f"{_DIM}· {text}{_PLAIN}\n" if self._dim_notes else f"· {text}\n")
         self._err.flush()
 
+    def status(self, text: str) -> None:
+        """Show how things stand, in place of the status before, until something else is shown; only where someone sits.
+
+        A terminal that cannot take a line back gets a note instead, when the text is another one than before.
+        """
+        if not self.interactive:
+            return
+        text = " ".join(_CONTROL.sub("", text).split())
+        if not self._ansi:
+            if text != self._status:
+                self.note(text)
+            self._status = text
+            return
+        self.end_line()
+        # On one row: of a line that wraps only the last row could be taken back.
+        room = shutil.get_terminal_size().columns - 3
+        self._out.write(f"{_DIM}· {text[:room]}{_PLAIN}")
+        self._out.flush()
+        self._line = "status"
+
     def prompt(self) -> None:
         """Invite input; only where someone sits."""
         if self.interactive and self._line != "prompt":
@@ -182,12 +204,12 @@ class Screen:
 
     def entered(self) -> None:
         """The user has ended the line (the terminal has echoed it)."""
-        if self._line == "prompt":
+        if self._line in ("prompt", "status"):
             self._line = "empty"
 
     def end_line(self) -> None:
-        """Go to the beginning of an empty line; a prompt is taken back."""
-        if self._line == "prompt" and self._ansi:
+        """Go to the beginning of an empty line; a prompt or a status is taken back."""
+        if self._line in ("prompt", "status") and self._ansi:
             self._out.write(_CLEAR)
         elif self._line != "empty":
             self._out.write("\n")

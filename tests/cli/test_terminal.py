@@ -137,3 +137,34 @@ def test_a_plain_terminal_sees_no_escape_sequence(monkeypatch: pytest.MonkeyPatc
     shown.note("note")
     shown.text("text", dim=True)
     assert "\x1b" not in out.getvalue() + err.getvalue()
+
+
+def test_a_status_is_shown_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown, out, err = screen(Tty)
+    shown.text("half a line")
+    shown.status("steps: 1")
+    shown.status("steps:\n2 \x1b" + "x" * 50)
+    shown.line("done")
+    shown.status("steps: 3")
+    shown.entered()
+    shown.line("more")
+    one, two, three = (f"\x1b[2m· {text}\x1b[0m" for text in ("steps: 1", "steps: 2 xxxxxxxx", "steps: 3"))
+    assert out.getvalue() == f"half a line\n{one}\r\x1b[K{two}\r\x1b[Kdone\n{three}more\n"
+    assert err.getvalue() == ""
+
+
+def test_a_terminal_that_cannot_go_back_gets_each_status_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    shown, out, err = screen(Tty)
+    for text in ("steps: 1", "steps: 1", "steps: 2"):
+        shown.status(text)
+    assert (out.getvalue(), err.getvalue()) == ("", "· steps: 1\n· steps: 2\n")
+
+
+def test_a_pipe_gets_no_status() -> None:
+    shown, out, err = screen(io.StringIO)
+    shown.status("steps: 1")
+    assert out.getvalue() + err.getvalue() == ""
