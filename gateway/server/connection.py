@@ -82,6 +82,9 @@ MAX_ID = 128
 EVENT_OVERHEAD = 1024
 """Bytes that an event may need besides what a client sent: its numbers, names and ids of ours."""
 
+MEMBER_BYTES = 128
+"""What a member takes in `presence` besides its subject."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -314,7 +317,7 @@ class Connection:
                 credit=credit,
                 policy=gateway.policy,
                 features=handshake.FEATURES,
-                presence=[reader.member for reader in session.readers.values()],
+                presence=self._presence(session),
                 health=Health(status="draining" if gateway.draining else "ok", draining=gateway.draining),
                 last_disconnect=session.last_disconnect.get(identity.subject),
             )
@@ -322,6 +325,18 @@ class Connection:
         if position.resync is not None:
             for data in self._dialect.snapshot(session.snapshot(position.resync, older)):
                 self._push_bytes(data)
+
+    def _presence(self, session: Session) -> list[Member]:
+        """Who is joined: of the others as many as surely fit into half a frame, the longest joined first, and ours."""
+        room = self._limits.max_frame_bytes // 2
+        members: list[Member] = []
+        for reader in session.readers.values():
+            room -= MEMBER_BYTES + 6 * len(reader.member.subject)  # JSON may need six bytes for a character
+            if room < 0:
+                break
+            if reader is not self:
+                members.append(reader.member)
+        return [*members, self.member]
 
     def _token(self, hello: Hello) -> str | None:
         return self._dialect.find_token(self._given_token(hello), self._ws.query)

@@ -206,6 +206,15 @@ async def test_garbage_after_the_handshake_ends_nothing_else() -> None:
         assert gateway.statistics().crashed_connections == 0
 
 
+async def test_connections_in_memory_are_no_strangers_behind_one_address() -> None:
+    async with gateway_of(limits={"max_pending_handshakes_per_peer": 2}, listen=False) as gateway:
+        streams = [gateway.connect() for _ in range(10)]
+        await eventually(lambda: gateway.statistics().pending_handshakes == 10)
+        assert gateway.statistics().refused_sockets == 0
+        for stream in streams:
+            await stream.aclose()
+
+
 # --- the figures of a session ----------------------------------------------------------------------------------------
 
 

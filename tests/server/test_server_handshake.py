@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -435,6 +436,23 @@ async def test_a_grant_lets_another_subject_in() -> None:
             assert [member["subject"] for member in bob.hello["presence"]] == ["alice", "bob"]
             await bob.message("from bob")
             assert (await alice.until("input"))["sender"] == "bob"
+
+
+async def test_presence_fits_into_hello_ok_however_many_have_joined() -> None:
+    names = {str(n): f"{n}{chr(1) * 5_000}" for n in range(30)}  # a subject of 30,000 bytes, as JSON
+
+    async def authenticate(token: str | None) -> Identity:
+        await trio.lowlevel.checkpoint()
+        return Identity(names[token or ""])
+
+    limits = {"max_frame_bytes": 512 * 1024}
+    everyone = {"authenticate": authenticate, "may_share": lambda subject, record: True}
+    async with gateway_of(limits=limits, **everyone) as gateway, AsyncExitStack() as stack:
+        for n in range(30):
+            client = await stack.enter_async_context(joined(gateway, "s", token=str(n)))
+            seen = [member["subject"] for member in client.hello["presence"]]
+            assert seen == [names[str(k)] for k in range(min(n, 8))] + [names[str(n)]]
+            assert max(client.sizes) <= 512 * 1024
 
 
 async def test_a_session_belongs_to_one_agent() -> None:
