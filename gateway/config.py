@@ -17,6 +17,8 @@ from gateway.errors import ConfigError
 KIB = 1024
 MIB = 1024 * KIB
 HOUR_MS = 3_600_000
+QUEUED_BYTES = 176
+"""What a waiting input takes in a snapshot: a request id of 128 printable ASCII characters, and its number."""
 
 
 def _within(low: int, high: int) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
@@ -111,6 +113,13 @@ class Limits:
             raise ConfigError(
                 "limits.max_frame_bytes",
                 f"must be at least max_state_bytes + 2 * segment_bytes = {need:,}, got {self.max_frame_bytes:,}",
+            )
+        # A snapshot names every input that waits, and a quarter of it is for that.
+        most = self.max_frame_bytes // (4 * QUEUED_BYTES)
+        if self.max_inbox > most:
+            raise ConfigError(
+                "limits.max_inbox",
+                f"must be at most max_frame_bytes / {4 * QUEUED_BYTES} = {most:,}, got {self.max_inbox:,}",
             )
 
 

@@ -519,3 +519,19 @@ async def test_an_upgrade_and_nothing_more_leaves_no_trace() -> None:
             await eventually(lambda: gateway.statistics().pending_handshakes == 1)
         await eventually(lambda: gateway.statistics().pending_handshakes == 0)
         assert gateway.statistics().sessions == 0
+
+
+async def test_a_snapshot_of_a_full_inbox_fits_into_a_frame() -> None:
+    async def held(turn: Turn) -> None:
+        await trio.sleep_forever()
+
+    limits = {"max_frame_bytes": 256 * 1024, "max_inbox": 372, "stop_timeout_ms": 100}
+    async with gateway_of(held, limits=limits) as gateway, joined(gateway) as client:
+        await client.message("runs", "first")
+        await client.until("turn_started")
+        for n in range(372):
+            await client.message("waits", f"{n:0128}")
+        snapshot = await client.ask("resync", "snapshot")
+        assert len(snapshot["queue"]) == 372
+        assert 372 * 160 < max(client.sizes) <= 256 * 1024
+        await client.ask("abort", "aborted", scope="all")
