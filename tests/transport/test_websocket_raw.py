@@ -94,15 +94,6 @@ async def test_a_bad_request_gets_an_http_answer_and_ends_nothing_else(request_b
         await works(gateway)
 
 
-@pytest.mark.parametrize("start", [b"", REQUEST[:40]])
-async def test_a_request_that_does_not_come_is_answered_with_408(start: bytes) -> None:
-    async with gateway_of(handshake_timeout_ms=100) as gateway:
-        async with raw(gateway) as peer:
-            await peer.send(start)
-            assert await peer.http() == (408, b"no upgrade request within the time limit\n")
-        await works(gateway)
-
-
 async def test_the_path_may_have_a_query_and_headers_any_case() -> None:
     async with gateway_of() as gateway, raw(gateway) as peer:
         await peer.send(REQUEST.replace(b"/ws", b"/ws?a=1").replace(b"Upgrade: websocket", b"uPGRADE:WebSocket"))
@@ -114,7 +105,7 @@ async def test_half_a_request_then_silence(begun: bytes) -> None:
     async with gateway_of(handshake_timeout_ms=100) as gateway:
         async with raw(gateway) as peer:
             await peer.send(begun)
-            assert (await peer.http())[0] == 400
+            assert await peer.http() == (408, b"no upgrade request within the time limit\n")
         await works(gateway)
 
 
