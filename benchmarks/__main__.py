@@ -12,7 +12,7 @@ from benchmarks.runner import run
 from benchmarks.systems import SYSTEMS
 from benchmarks.workloads import WORKLOADS
 
-ROUNDS, QUICK_ROUNDS = 5, 1
+ROUNDS, QUICK_ROUNDS = 3, 1
 QUICK_SYSTEMS = ("gateway", "trio-websocket")
 
 

@@ -168,6 +168,41 @@ def generator(results: Results) -> str:
     return text
 
 
+BUSY = 0.7
+"""Of a core: what is left takes up bursts, and what else runs."""
+
+TOKENS = 30
+"""Deltas a second of one answer: what a hosted model streams, roughly."""
+
+
+def sizing(results: Results, system: str = "gateway") -> str:
+    """Markdown: what a core and a gibibyte carry, by the medians."""
+    lines = []
+    for workload, name, text in (
+        (
+            "scale",
+            "many_cpu_us_per_delta",
+            f"{{:,.0f}} answers of {TOKENS} deltas a second each, every delta by itself",
+        ),
+        ("stream", "cpu_us_per_delta", "{:,.0f} such answers if a delta costs no more than in a busy gateway"),
+        ("turn", "cpu_us_per_turn", "{:,.0f} short turns a second"),
+        ("connect", "cpu_us_per_hello", "{:,.0f} clients a second that connect"),
+        ("idle", "rss_kb_per_connection", "{:,.0f} joined clients, each with a session, in a GiB"),
+    ):
+        rounds = results.runs.get(workload, {}).get(system)
+        if rounds:
+            cost = Spread.of(measured[name] for measured in rounds).median
+            each = {"scale": BUSY * 1e6 / TOKENS, "stream": BUSY * 1e6 / TOKENS, "idle": 1024.0 * 1024}.get(
+                workload, BUSY * 1e6
+            )
+            lines.append(f"- {text.format(each / cost)} (`{workload}`: {number(cost)} {_unit(workload, name)})")
+    return "\n".join(lines)
+
+
+def _unit(workload: str, name: str) -> str:
+    return next(figure.unit for figure in WORKLOADS[workload].figures if figure.name == name)
+
+
 def section(document: Mapping[str, Any]) -> str:
     """What goes into the page, from a document of `document`."""
     results = Results(document["runs"], document["failures"])
@@ -187,6 +222,9 @@ def section(document: Mapping[str, Any]) -> str:
         generator(results),
         "![Server CPU per unit of work, for each system](../images/performance.svg)",
         matrix(results),
+        "### Sizing",
+        f"By the medians of {SYSTEMS['gateway'].title}, a core of this machine that is {BUSY:.0%} busy carries one of:",
+        sizing(results),
         "### Over TLS",
         tls_table(results),
     ]

@@ -79,6 +79,18 @@ def test_the_page_has_a_column_for_each_peer_and_says_what_failed() -> None:
     assert "more of it" not in text
 
 
+def test_sizing_follows_from_the_medians() -> None:
+    runs = {
+        "scale": {"gateway": [{"many_cpu_us_per_delta": cost} for cost in (10.0, 50.0, 20.0)]},
+        "idle": {"gateway": [{"rss_kb_per_connection": 32.0}]},
+        "turn": {"ws": []},
+    }
+    streaming, idle = report.sizing(Results(runs)).splitlines()
+    # 70 % of a second is 700,000 µs, and an answer takes 30 * 20 of them.
+    assert streaming.startswith("- 1,167 answers of 30 deltas a second")
+    assert idle.startswith("- 32,768 joined clients")
+
+
 def test_what_tls_costs_is_shown_where_both_were_measured() -> None:
     (line,) = [line for line in report.tls_table(made_up()).splitlines() if "server CPU per delta" in line]
     assert "**stream**" in line
