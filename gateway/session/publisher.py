@@ -57,8 +57,9 @@ from gateway.protocol.view import SessionView
 from gateway.session.sources import Sources
 from gateway.store import Store, Stored
 
-NUMBER_BLOCK = 1024
-"""Numbers reserved ahead. A block lasts for seconds of fast streaming, and a crash skips at most this many."""
+NUMBER_BLOCK = 16_384
+"""Numbers reserved ahead. A block is taken along with an input or the start of a turn, and lasts for longer than nearly
+every answer, so streaming does not write to the store for it. A crash skips at most this many; there are 2**53."""
 
 RETRY_FIRST, RETRY_MOST = 0.05, 1.0
 """Seconds between tries while the store cannot write: soon enough to be unnoticed once, seldom enough not to hammer."""
@@ -231,6 +232,11 @@ class Publisher:
     def idle(self) -> bool:
         """Whether nothing is on its way."""
         return not self._working and not self._intake and self._outgoing.statistics().current_buffer_used == 0
+
+    def forget_session(self) -> None:
+        """Call nobody any more: the session has ended. Without this circle it leaves memory at once, and not when the
+        garbage collector comes by, which in a process with many objects it seldom does."""
+        self._on_visible = _nothing
 
     # the task, and the way without one
 
@@ -506,6 +512,10 @@ class Publisher:
         for one in batch:
             if one.item is not None and one.item.done is not None:
                 one.item.done(one.event)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _drop(item: _Item | None) -> None:

@@ -198,10 +198,13 @@ class Session:
 
     async def run(self) -> None:
         """Run the session's two tasks until `close` or cancellation. Owned by the gateway's nursery."""
-        with self._life:
-            async with trio.open_nursery() as self._nursery:
-                self._nursery.start_soon(self._guard, self.publisher.run)
-                await self._guard(self._turn_loop)
+        try:
+            with self._life:
+                async with trio.open_nursery() as self._nursery:
+                    self._nursery.start_soon(self._guard, self.publisher.run)
+                    await self._guard(self._turn_loop)
+        finally:
+            self.publisher.forget_session()
 
     async def _guard(self, part: Callable[[], Awaitable[None]]) -> None:
         try:

@@ -643,6 +643,9 @@ async def open_server_websocket(
         await end_gently(stream, min(LINGER, close_timeout))
         raise failed from None
     finally:
+        if ws is not None:
+            # A circle with whoever was called: without it both leave memory now, and not when the collector comes by.
+            ws.on_unblocked, ws.on_late = lambda: None, lambda message: None
         await stream.aclose()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -258,3 +260,24 @@ async def test_a_session_stays_while_someone_who_joins_waits_for_its_history() -
             async with joined(gateway, "s", since=5, epoch="e_another") as late:
                 await late.message("are you there?")
                 await late.until("turn_ended")
+
+
+async def test_a_session_that_rests_leaves_memory_without_the_collector() -> None:
+    """In a process with many objects the collector seldom comes by; a circle would stay for hours."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with gateway_of(long_answer, limits={"idle_session_ms": 10}) as gateway:
+            here: list[weakref.ref[object]] = []
+            for n in range(20):
+                async with joined(gateway, f"s{n}") as client:
+                    await client.message()
+                    await client.until("turn_ended")
+                    here += map(weakref.ref, (gateway.registry.sessions[f"s{n}"], *gateway.joined))
+                    if n % 2:
+                        await client.close()
+            await eventually(lambda: not gateway.connections and not len(gateway.registry))
+            # A loop that looks at all of them may still have its last one in hand.
+            await eventually(lambda: sum(ref() is not None for ref in here) <= 4)
+    finally:
+        gc.enable()
