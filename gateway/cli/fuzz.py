@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import tempfile
@@ -48,6 +49,10 @@ SHOW_EVERY_S = 0.25
     "--save", type=click.Path(dir_okay=False), default="fuzz-failure.jsonl", show_default=True, metavar="FILE",
     help="Where the smallest failing dialogue goes.",
 )  # fmt: skip
+@click.option(
+    "--serve", "listen", is_flag=False, flag_value="127.0.0.1:0", metavar="[HOST:PORT]",
+    help="Play a difficult gateway instead, for a client library to be tried on.",
+)  # fmt: skip
 @click.option("--replay", "recorded", metavar="FILE", help="Play a saved dialogue instead of looking for one.")
 def fuzz(
     url: str | None,
@@ -60,6 +65,7 @@ def fuzz(
     seed: int | None,
     max_stall: float,
     save: str,
+    listen: str | None,
     recorded: str | None,
 ) -> None:
     """Look for what breaks a gateway, and save the smallest dialogue that does.
@@ -69,10 +75,16 @@ def fuzz(
     an answer is not of the protocol, an event comes twice or not at all, an answer takes too long, a well-behaved
     client is disturbed, or nobody answers the door. Without --max-examples and --seconds it goes on until Ctrl-C.
 
+    With --serve it is the gateway: it cuts, stalls, repeats and refuses, and watches what a client makes of that. Point
+    the client at the address it prints; --max-examples then counts connections.
+
     The exit code is 0 if nothing was found, 1 if something was, 2 if it could not start, 130 if it was interrupted.
     Needs the extra "testing".
     """
     with errors_as_lines():
+        seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+        if listen is not None:
+            sys.exit(_run(_serve, *_address(listen), seed, max_examples, seconds, max_stall, save))
         if url is None:
             raise ConfigError("URL", "expected the gateway's address, such as ws://127.0.0.1:8765/ws")
         from gateway.testing.line import Target
@@ -83,7 +95,6 @@ def fuzz(
         if recorded is not None:
             sys.exit(_run(_replay, target, recorded))
         _prepare_hypothesis()
-        seed = random.SystemRandom().randrange(2**32) if seed is None else seed
         sys.exit(_run(_hunt, target, seed, max_examples, seconds, save))
 
 
@@ -123,11 +134,9 @@ async def _hunt(target: Target, seed: int, max_examples: int | None, seconds: fl
         click.echo(f"nothing found: {_summary(progress)}")
         return 0
     recording = recording_of(found, target, seed)
-    try:
-        await trio.Path(save).write_text(dump(recording), encoding="utf-8")
-        where = f"saved: {save}; again: trio-gateway fuzz --replay {save} {target.url}"
-    except OSError as exc:
-        where = f"not saved, {save} cannot be written: {exc.strerror}; it was:\n{dump(recording)}"
+    where = await _save(save, dump(recording), "the dialogue")
+    if where.startswith("saved"):
+        where += f"; again: trio-gateway fuzz --replay {save} {target.url}"
     click.echo(f"FAILED ({recording.failure}) after {_summary(progress)}\n  {recording.message}\n  {where}")
     return FOUND
 
@@ -166,3 +175,59 @@ async def _replay(target: Target, file: str) -> int:
     same = "" if failure.kind == recording.failure else f" (the file says {recording.failure})"
     click.echo(f"FAILED ({failure.kind}){same}\n  {failure}")
     return FOUND
+
+
+def _address(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise ConfigError("--serve", f"expected HOST:PORT, got {listen!r}")
+    return host.strip("[]"), int(port)
+
+
+async def _serve(
+    host: str, port: int, seed: int, max_connections: int | None, seconds: float | None, max_stall: float, save: str
+) -> int:
+    from gateway.testing.hostile import HostileGateway
+
+    hostile = HostileGateway(seed, max_stall=max_stall)
+    enough = trio.Event()
+
+    def count() -> None:
+        if max_connections is not None and hostile.connections > max_connections:
+            enough.set()
+
+    hostile.on_connection = count
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=host)
+    except OSError as exc:
+        raise ConfigError("--serve", f"cannot listen on {host}:{port}: {exc}") from None
+    bound = listeners[0].socket.getsockname()
+    shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+    click.echo(f"a difficult gateway on ws://{shown}:{bound[1]}/ws, seed {seed}")
+
+    async def watch() -> None:
+        await hostile.watch()
+        enough.set()
+
+    async with open_plain_nursery() as nursery:
+        # Owned by this nursery, cancelled when it is enough.
+        nursery.start_soon(trio.serve_listeners, hostile.serve, listeners)
+        nursery.start_soon(watch)
+        with trio.move_on_after(float("inf") if seconds is None else seconds):
+            await enough.wait()
+    summary = f"{hostile.connections:,} connections, {len(hostile.sessions):,} sessions"
+    if not hostile.failures:
+        click.echo(f"nothing found: {summary}")
+        return 0
+    lines = "".join(json.dumps(line) + "\n" for line in hostile.transcript)
+    click.echo(f"FAILED after {summary}\n  {hostile.failures[0]}\n  {await _save(save, lines, 'what was said')}")
+    return FOUND
+
+
+async def _save(file: str, text: str, what: str) -> str:
+    """Write a file, or say why not; what was found is shown then."""
+    try:
+        await trio.Path(file).write_text(text, encoding="utf-8")
+    except OSError as exc:
+        return f"not saved, {file} cannot be written: {exc.strerror}; {what}:\n{text}"
+    return f"saved: {file}"

@@ -53,6 +53,10 @@ class CannotStart(GatewayError):
 
 def judge_for(target: Target, ledger: Ledger) -> Judge:
     """The judge of the target's version."""
+    if target.protocol == 1:
+        from gateway.testing.judge1 import Judge1
+
+        return Judge1(ledger)
     return Judge(ledger)
 
 
@@ -127,16 +131,14 @@ class _Play:
             line = self._lines.get(on)
             if line is not None:
                 self._cursors[on] = line.judge.cursor.cursor
-            for name, source in (("epoch", "epoch"), ("turn", "turn_id"), ("ask", "ask_id")):
-                if isinstance(fields.get(source), str):
-                    self._names[name] = fields[source]
+                self._names |= line.judge.names_of(fields)
             self._news.unpark_all()
 
         return note
 
     async def _wait(self, step: Wait) -> None:
         line = self._lines.get(step.on)
-        if step.until is not None and (line is None or line.over or line.judge.joined is None):
+        if step.until is not None and (line is None or line.over or not line.judge.welcomed):
             await trio.lowlevel.checkpoint()  # no such frame can come
             return
         before = self._came.get((step.on, step.until or ""), 0)
@@ -225,8 +227,8 @@ class Witness:
         # Owned by the caller's nursery; ends with the line, or with the hunt.
         self._nursery.start_soon(self._read, line)
         await line.send_text(dumps(opening(self._target, self.session_id)))
-        await line.wait_for("no answer to hello", lambda: line.judge.ending or line.judge.joined is not None)
-        if line.judge.joined is None:
+        await line.wait_for("no answer to hello", lambda: line.judge.met)
+        if not line.judge.welcomed:
             refused = line.judge.refused
             self._failure = Disturbed("the witness may not join" + (f": {refused}" if refused else ""))
             raise self._failure
@@ -256,10 +258,12 @@ class Witness:
             raise Disturbed(f"a well-behaved connection, on a session of its own: {self._failure}")
 
     def _see(self, fields: dict[str, Any]) -> None:
-        if fields["type"] == "input":
+        assert self._line is not None
+        request_id = self._line.judge.input_of(fields)
+        if request_id is not None:
             self._inputs += 1
-            if fields["request_id"] != f"w{self._inputs}":
-                self._failure = self._failure or Disturbed(f"input {self._inputs} is {fields['request_id']!r}")
+            if request_id != f"w{self._inputs}":
+                self._failure = self._failure or Disturbed(f"input {self._inputs} is {request_id!r}")
 
     async def _read(self, line: Line) -> None:
         try:

@@ -142,6 +142,27 @@ class Judge:
         self._left = False
 
     @property
+    def welcomed(self) -> bool:
+        """Whether the opening was answered with a session."""
+        return self.joined is not None
+
+    @property
+    def met(self) -> bool:
+        """Whether the opening has its answer, or none is due."""
+        return not self.asked or self.ending or self.welcomed
+
+    @staticmethod
+    def input_of(fields: dict[str, Any]) -> str | None:
+        """The request id, if a frame is an input in the log."""
+        return str(fields["request_id"]) if fields["type"] == "input" else None
+
+    @staticmethod
+    def names_of(fields: dict[str, Any]) -> dict[str, Any]:
+        """What later frames may refer to."""
+        names = {"epoch": fields.get("epoch"), "turn": fields.get("turn_id"), "ask": fields.get("ask_id")}
+        return {name: value for name, value in names.items() if isinstance(value, str)}
+
+    @property
     def owed(self) -> int:
         """Answers that are still to come."""
         if self.ending or not self.asked:

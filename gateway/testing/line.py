@@ -232,7 +232,7 @@ class Line:
         """
         out, judge = self._out, self.judge
         if judge.asked and not (out.violation or self._binary_sent or self.leaving or self.over):
-            await self.wait_for("no answer to hello", lambda: judge.ending or judge.joined is not None)
+            await self.wait_for("no answer to hello", lambda: judge.met)
         if self.cut_off or self.ended:
             await trio.lowlevel.checkpoint()
         elif out.violation or self._binary_sent or self.leaving or judge.ending or self._in.closed:
@@ -241,7 +241,7 @@ class Line:
                 await self.wait_for("no end behind the close frames", lambda: self.ended)
         elif out.mid_frame:
             await trio.lowlevel.checkpoint()  # nothing is due: the server waits for the rest
-        elif judge.joined is not None and not out.mid_message:
+        elif judge.welcomed and not out.mid_message:
             await self.send_text('{"type": "ping", "nonce": "are you there"}')
             await self.wait_for("no answer to a ping, or to a request before it", lambda: not judge.owed)
         else:
