@@ -491,8 +491,9 @@ class _Connection:
             await self._send_events(before, moves=False)
         elif mood == "gap" and len(batch) > 1:
             # Only if something not replaced is missing can a client tell; the numbers do.
-            await self._send_events(batch[1:], moves=False, told=False)
+            # Before it goes out: the answer may be here before the last of it is written.
             self._awaiting = trio.current_time() + self._gateway.max_stall
+            await self._send_events(batch[1:], moves=False, told=False)
             return []
         elif mood == "future":
             self._fuse = 5
@@ -511,8 +512,8 @@ class _Connection:
                 wire.frame(TEXT, b"{}"), wire.frame(3, b"", masked=False), wire.frame(PING, bytes(126), masked=False),
                 wire.frame(TEXT, b"\xff", masked=False), wire.frame(TEXT, b"{}", bits=0x40, masked=False),
             ]  # fmt: skip
-            await self._send(chance.choice(broken))
             self._awaiting = trio.current_time() + self._gateway.max_stall
+            await self._send(chance.choice(broken))
             return []
         return batch
 

@@ -85,8 +85,10 @@ class Judge1(Judge):
 
     @property
     def owed(self) -> int:
-        if self.ending or self.met is False:
-            return int(not self.ending)
+        if self.ending or self._left:
+            return 0
+        if not self.met:
+            return 1
         return max(0, self._due - self._answers) if self._welcomed else 0
 
     @staticmethod

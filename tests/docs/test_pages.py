@@ -14,6 +14,10 @@ import trio
 
 from gateway import Config, Server, open_gateway, open_session
 from gateway.protocol.messages import Ask
+from gateway.testing import strategies
+from gateway.testing.dialogue import dump
+from gateway.testing.dialogue import load as load_dialogue
+from gateway.testing.judge import FAILURES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -99,6 +103,33 @@ def test_the_settings_of_the_page_on_tls() -> None:
     toml = tomllib.loads(files_of(ROOT / "docs/how-to/tls.md")["gateway.toml"])
     assert set(toml["server"]) == {"tls_certificate", "tls_key"}
     Server(**toml["server"])
+
+
+def test_the_test_of_a_decoder(tmp_path: Path) -> None:
+    name = "test_decoder.py"
+    (tmp_path / name).write_text(files_of(ROOT / "docs/reference/testing.md")[name])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert "1 passed" in done.stdout
+
+
+def test_the_saved_dialogue_is_one(tmp_path: Path) -> None:
+    (block,) = [
+        code for language, _, code in BLOCK.findall((ROOT / "docs/how-to/fuzz.md").read_text()) if language == "json"
+    ]
+    (tmp_path / "f").write_text(block)
+    assert dump(load_dialogue(tmp_path / "f")) == block
+
+
+def test_the_failures_are_all_named() -> None:
+    kinds = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/how-to/fuzz.md").read_text(), re.MULTILINE)
+    assert kinds == list(FAILURES)
+
+
+def test_the_strategies_are_all_named() -> None:
+    page = (ROOT / "docs/reference/testing.md").read_text()
+    named = {name for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)", cell)}
+    assert named == set(strategies.__all__)
 
 
 def test_the_generated_pages_are_current() -> None:

@@ -104,6 +104,16 @@ async def test_every_kind_of_failure_is_found_shrunk_and_replayed(fault: Any, tm
         assert await replay(Target(url=healthy, max_stall=max_stall), recording) is None
 
 
+@pytest.mark.parametrize("fault", [dies, talks_nonsense, stalls, repeats], ids=lambda fault: fault.__name__)
+async def test_failures_of_version_1_are_found(fault: Any) -> None:
+    async with proxied(fault) as (proxy, _):
+        target = Target(url=proxy.url, protocol=1, max_stall=0.5 if fault is stalls else 5.0)
+        found = await hunt(target, seed=7, max_examples=400)
+        assert found is not None
+        assert found.failure.kind == FAULTS[fault], found.failure
+        assert len(found.steps) <= 4
+
+
 async def test_a_server_that_is_gone_keeps_the_dialogue_as_it_was() -> None:
     async with proxied(goes) as (proxy, _):
         found = await hunt(Target(url=proxy.url, max_stall=5.0), seed=7, max_examples=400)
@@ -112,9 +122,10 @@ async def test_a_server_that_is_gone_keeps_the_dialogue_as_it_was() -> None:
     assert any(isinstance(step, SendText) and "abort" in step.text for step in found.steps)
 
 
-async def test_nothing_is_found_where_nothing_is() -> None:
+@pytest.mark.parametrize("protocol", [1, 2])
+async def test_nothing_is_found_where_nothing_is(protocol: int) -> None:
     async with proxied() as (proxy, _):
-        assert await hunt(Target(url=proxy.url), seed=3, max_examples=40) is None
+        assert await hunt(Target(url=proxy.url, protocol=protocol), seed=3, max_examples=40) is None
 
 
 async def test_there_must_be_a_server_that_lets_us_in() -> None:

@@ -183,7 +183,8 @@ async def test_a_client_that_comes_back_too_early() -> None:
         client = await joined(port, session_id="s")
         assert client.hello["retry_after_ms"] == HINT_MS
         assert (await client.until_closed()).code == 4429
-        await joined(port, session_id="s")
+        again = await opened(port)
+        await again.send_text(json.dumps(hello(session_id="s")))
         await failed(gateway, f"before the {HINT_MS} ms")
 
 
