@@ -120,8 +120,7 @@ class HostileGateway:
         self.on_connection()
         connection = _Connection(self, stream, number, mood, chance)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(connection.run)
+            await connection.run()
         except* _Over:
             pass
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
