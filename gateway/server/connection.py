@@ -115,7 +115,7 @@ class Connection:
         self._baseline = 0
         """The log's head at the last join or snapshot: what it held then is no fault of a slow client."""
         self.cursor = 0
-        self.dirty = False
+        self.dirty = 0
         self.told_no_credit = False
         self.member = Member(connection_id="", subject="", joined_at=0)
         self.heard_at = self.sent_at = trio.current_time()
@@ -537,7 +537,7 @@ class Connection:
             self._control_bytes = 0
             self.close(1013, "overloaded")
         else:
-            self.wake()
+            self._gateway.flusher.mark(self, urgent=True)
 
     def _write_control(self) -> None:
         """Write the frames without a number, as far as the kernel takes them. Order is kept: they go before events."""

@@ -8,15 +8,16 @@ per connection this saves a task switch per event and connection, and lets many 
 visited the same way, first, so what they show goes out in the same pass.
 
 The adaptive gap: while many sessions stream, waiting a little between passes lets events pile up, so each write carries
-more. The gap is three times what the last pass took, at most 5 ms; below 0.5 ms there is none. The first event after
-silence goes out at once. A pass that served one log to many connections gains nothing from waiting, so there is no gap
-after it: it goes by the number of logs that were read.
+more. The gap is three times what the last pass took, at most 5 ms; below 0.5 ms there is none. A pass that served one
+log to many connections gains nothing from waiting, so there is no gap after it: it goes by the number of logs that were
+read. What is *urgent* does not wait for the gap's end: replies, the engine's own events, and the first delta after a
+silence are visited in the next scheduler pass, alone.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import trio
@@ -30,8 +31,15 @@ GAP_LEAST = 0.0005
 """Seconds. Three quarters of the time for everything else; 5 ms is below what a reader of text can see."""
 
 
+SILENCE = 0.1
+"""Seconds without a visit after which a publisher's next delta is a beginning, which somebody waits for."""
+
+SOON, NOW = 1, 2
+
+
 class Flushable(Protocol):
-    dirty: bool
+    dirty: int
+    """0, or when it was asked to be visited: `SOON` (after the gap) or `NOW`."""
 
     def flush(self) -> None:
         """Do what there is to do, without waiting."""
@@ -40,30 +48,53 @@ class Flushable(Protocol):
         """`flush` failed: end what it belongs to."""
 
 
+class FlushablePublisher(Flushable, Protocol):
+    visited_at: float
+    """When it was last visited, in seconds of the flusher's timer."""
+
+
+class _Round:
+    """Who is to be visited: publishers first, so that what they show goes out in the same round."""
+
+    def __init__(self) -> None:
+        self.publishers: list[FlushablePublisher] = []
+        self.connections: list[Flushable] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.publishers or self.connections)
+
+
 class Flusher:
     """Visits dirty publishers and connections. `timer` gives seconds; a simulation passes its own."""
 
     def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
         self._timer = timer
-        self._publishers: list[Flushable] = []
-        self._dirty: list[Flushable] = []
+        self._soon = _Round()
+        self._now = _Round()
+        self._hurried = False
+        """Whether what is shown now is urgent."""
+        self._idle = False
         self._work = trio.lowlevel.ParkingLot()
         self._framed: tuple[Chunk, bytes] | None = None
         self._fresh = 0
 
-    def mark(self, connection: Flushable) -> None:
-        """Have a connection visited in the next pass. Never waits."""
-        if not connection.dirty:
-            connection.dirty = True
-            if not self._dirty and not self._publishers:
+    def mark(self, connection: Flushable, *, urgent: bool = False) -> None:
+        """Have a connection visited. Never waits."""
+        when = NOW if urgent or self._hurried else SOON
+        if connection.dirty < when:
+            connection.dirty = when
+            (self._now if when is NOW else self._soon).connections.append(connection)
+            if when is NOW or self._idle:
                 self._work.unpark()
-            self._dirty.append(connection)
 
-    def mark_publisher(self, publisher: Flushable) -> None:
-        """Have a publisher visited in the next pass. It calls this once per visit. Never waits."""
-        if not self._dirty and not self._publishers:
-            self._work.unpark()
-        self._publishers.append(publisher)
+    def mark_publisher(self, publisher: FlushablePublisher, *, urgent: bool = False) -> None:
+        """Have a publisher visited: at once if it was silent for a while. Never waits."""
+        when = NOW if urgent or self._timer() - publisher.visited_at > SILENCE else SOON
+        if publisher.dirty < when:
+            publisher.dirty = when
+            (self._now if when is NOW else self._soon).publishers.append(publisher)
+            if when is NOW or self._idle:
+                self._work.unpark()
 
     def frames(self, chunk: Chunk) -> bytes:
         """A chunk as WebSocket frames; the many readers of one log share the bytes."""
@@ -79,25 +110,49 @@ class Flusher:
         """Flush until cancelled. Owned by the gateway's nursery."""
         timer = self._timer
         while True:
-            if not self._dirty and not self._publishers:
+            if not self._now and not self._soon:
+                self._idle = True
                 await self._work.park()
+                self._idle = False
             self._fresh = 0
             started = timer()
-            publishers, self._publishers = self._publishers, []
-            self._visit(publishers)
-            connections, self._dirty = self._dirty, []
-            for connection in connections:
-                connection.dirty = False
-            self._visit(connections)
-            self._framed = None
+            soon, self._soon = self._soon, _Round()
+            self._publish(soon.publishers)
+            shown, self._soon.connections = self._soon.connections, []
+            self._visit(soon.connections)
+            self._visit(shown)
+            self._serve_urgent()
             gap = min(GAP_MOST, GAP_FACTOR * (timer() - started))
             if self._fresh > 1 and gap >= GAP_LEAST:
-                await trio.sleep(gap)
+                with trio.move_on_after(gap):
+                    while True:
+                        if not self._now:
+                            await self._work.park()
+                        else:
+                            await trio.lowlevel.checkpoint()
+                        self._serve_urgent()
             else:
                 await trio.lowlevel.checkpoint()
 
-    def _visit(self, batch: list[Flushable]) -> None:
+    def _serve_urgent(self) -> None:
+        now, self._now = self._now, _Round()
+        self._hurried = True
+        self._publish(now.publishers)
+        self._hurried = False
+        shown, self._now.connections = self._now.connections, []
+        self._visit(now.connections)
+        self._visit(shown)
+        self._framed = None
+
+    def _publish(self, publishers: list[FlushablePublisher]) -> None:
+        now = self._timer()
+        for publisher in publishers:
+            publisher.visited_at = now
+        self._visit(publishers)
+
+    def _visit(self, batch: Sequence[Flushable]) -> None:
         for one in batch:
+            one.dirty = 0
             try:
                 one.flush()
             except Exception as exc:

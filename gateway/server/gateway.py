@@ -96,7 +96,7 @@ class Gateway:
             limits,
             sources,
             may_share=may_share,
-            pace=self.flusher.mark_publisher,
+            pacer=self.flusher,
             on_fenced=self._lose_store,
         )
         self.admission = Admission(limits.max_pending_handshakes, limits.max_pending_handshakes_per_peer)

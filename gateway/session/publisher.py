@@ -13,7 +13,7 @@ to whoever waits for them, to the readers.
 
 What the agent writes does not wake a task. It marks the publisher as dirty, and the gateway's flusher calls `flush` in
 its next pass, just before it visits the readers: while many sessions stream, one pass takes several deltas of each.
-Only a batch with something to store, and the engine's own events, are the publisher's task's business.
+Only a batch that a store takes its time for is the task's business.
 
     stored BEFORE visible: a client, or another task, never sees a durable event that a crash could take back
     volatile events flow at once, but never before an earlier durable one
@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from math import inf
+from typing import Protocol
 
 import structlog
 import trio
@@ -134,17 +135,24 @@ class _Numbered:
     payload: bytes | None = None
 
 
+class Pacer(Protocol):
+    """Decides when publishers are flushed."""
+
+    def mark_publisher(self, publisher: Publisher, *, urgent: bool = False) -> None:
+        """Have `Publisher.flush` called soon, or with the next pass of the scheduler."""
+
+
 class Publisher:
     """Numbers, stores and shows a session's events.
 
     Args:
         reserved: the highest number that may have been shown before; numbering goes on above it.
         on_visible: called after events became visible, once per pass.
-        pace: told once when the outbox has something new; has `flush` called soon. Without it the task looks at once.
+        pacer: told when there is something new; has `flush` called. Without it the task looks at once.
 
     Attributes:
         outbox: where the agent writes; whoever does calls `mark` then.
-        dirty: whether `pace` was told and `flush` has not come by yet.
+        dirty, visited_at: the pacer's; `dirty` is 0 once it has come by.
     """
 
     def __init__(
@@ -159,7 +167,7 @@ class Publisher:
         next_seq: int,
         reserved: int,
         on_visible: Callable[[], None],
-        pace: Callable[[Publisher], None] | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         self._session_id = session_id
         self._log = log
@@ -168,8 +176,9 @@ class Publisher:
         self._limits = limits
         self._sources = sources
         self._on_visible = on_visible
-        self._pace = pace
-        self.dirty = False
+        self._pacer = pacer
+        self.dirty = 0
+        self.visited_at = -inf
         self._next = next_seq
         self._reserved = reserved
         self._intake: deque[_Item] = deque()
@@ -201,16 +210,17 @@ class Publisher:
     ) -> None:
         """Hand in an event of the engine's own. Never waits; `done` tells when it is visible."""
         self._intake.append(_Item(what, done, digest, on_busy))
-        self._work.unpark()
+        if self._pacer is not None and self._store.immediate:
+            self._pacer.mark_publisher(self, urgent=True)
+        else:
+            self._work.unpark()
 
     def mark(self) -> None:
         """The outbox has something new. Never waits."""
-        if not self.dirty:
-            self.dirty = True
-            if self._pace is None:
-                self._work.unpark()
-            else:
-                self._pace(self)
+        if self._pacer is None:
+            self._work.unpark()
+        elif not self.dirty:
+            self._pacer.mark_publisher(self)
 
     def open_turn(self, turn_id: str, asks: Iterable[str] = ()) -> None:
         """Take events of this turn from now on, as its `TurnStarted` does; events of any other turn are dropped."""
@@ -254,16 +264,11 @@ class Publisher:
                     await self._work.park()
 
     def flush(self) -> None:
-        """Take what waits. Volatile events become visible here and now; the task is woken for a batch with others."""
-        self.dirty = False
+        """Publish what waits, here and now if nothing of it has to be waited for; else the task is woken."""
         if self._working:
             return  # the task takes it when it is through
         batch = self._collect()
-        if not batch:
-            return
-        if batch[-1].event.seq <= self._reserved and all(one.event.volatile for one in batch):
-            self._show(batch)
-        else:
+        if batch and not self._commit_nowait(batch):
             self._batch = batch
             self._working = True
             self._work.unpark()
@@ -275,7 +280,6 @@ class Publisher:
 
     def _collect(self) -> list[_Numbered]:
         """Take, merge and number everything that waits: the outbox, then the intake."""
-        self.dirty = False
         batch: list[_Numbered] = []
         now = self._sources.now_ms()
         receive = self._outgoing.receive_nowait
@@ -418,22 +422,35 @@ class Publisher:
             output.metadata = {"more": True}
         return outputs
 
+    def _commit_nowait(self, batch: list[_Numbered]) -> bool:
+        """Store and show the batch if that takes no waiting."""
+        last = batch[-1].event.seq
+        if last > self._reserved or not all(one.event.volatile for one in batch):
+            if not self._store.immediate:
+                return False
+            stored = [self._stored(one) for one in batch if not one.event.volatile]
+            reserved = self._reserve(last)
+            self._store.append_nowait(self._session_id, stored, reserved)
+            self._reserved = reserved
+        self._show(batch)
+        return True
+
+    def _reserve(self, last: int) -> int:
+        # Half a block is left when the next one is taken, so streaming rarely waits for it.
+        return self._reserved if last + NUMBER_BLOCK // 2 <= self._reserved else last + NUMBER_BLOCK
+
     async def _commit(self, batch: list[_Numbered]) -> None:
         """Store what is durable, then show everything, in order."""
         while batch:
-            durable = [one for one in batch if not one.event.volatile]
-            last = batch[-1].event.seq
-            if not durable and last <= self._reserved:
-                self._show(batch)
+            if self._commit_nowait(batch):
                 return
             start = next((i for i, one in enumerate(batch) if not one.event.volatile), len(batch))
             early = [one for one in batch[:start] if one.event.seq <= self._reserved]
             if early:
                 self._show(early)
                 batch = batch[len(early) :]
-            stored = [self._stored(one) for one in durable]
-            # Half a block is left when the next one is taken, so streaming rarely waits for it.
-            reserved = self._reserved if last + NUMBER_BLOCK // 2 <= self._reserved else last + NUMBER_BLOCK
+            stored = [self._stored(one) for one in batch if not one.event.volatile]
+            reserved = self._reserve(batch[-1].event.seq)
             if await self._store_or_trim(stored, reserved, batch):
                 self._reserved = reserved
                 self._show(batch)

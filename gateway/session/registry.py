@@ -19,7 +19,7 @@ from gateway.errors import HandshakeRefused, StoreError, StoreFenced, StoreUnava
 from gateway.protocol.log import Tails
 from gateway.protocol.messages import Hello
 from gateway.session.failures import leaves
-from gateway.session.publisher import NUMBER_BLOCK, Publisher
+from gateway.session.publisher import NUMBER_BLOCK, Pacer
 from gateway.session.session import Agent, Session
 from gateway.session.sources import Sources
 from gateway.store import SessionRecord, Store
@@ -45,7 +45,7 @@ class Registry:
     Args:
         nursery: the gateway's; it owns every session.
         may_share: whether a subject may use a session of another subject: a grant (DESIGN property 19).
-        pace: decides when what agents write is published (see `Publisher`).
+        pacer: decides when what agents write is published (see `Publisher`).
         on_fenced: told, perhaps again and again, that another process has become the writer of the store.
     """
 
@@ -58,7 +58,7 @@ class Registry:
         sources: Sources,
         *,
         may_share: Callable[[str, SessionRecord], bool] = lambda subject, record: False,
-        pace: Callable[[Publisher], None] | None = None,
+        pacer: Pacer | None = None,
         on_fenced: Callable[[StoreFenced], None] = lambda exc: None,
     ) -> None:
         self._nursery = nursery
@@ -67,7 +67,7 @@ class Registry:
         self._limits = limits
         self._sources = sources
         self._may_share = may_share
-        self._pace = pace
+        self._pacer = pacer
         self._on_fenced = on_fenced
         self._sessions: dict[str, Session] = {}
         self._opening: dict[str, trio.Event] = {}
@@ -242,7 +242,7 @@ class Registry:
                 max_detached_ms=registered.max_detached_ms,
                 tails=self._tails,
                 on_failed=self._failed,
-                pace=self._pace,
+                pacer=self._pacer,
             )
         )
 
@@ -292,7 +292,7 @@ class Registry:
                 retry_lost=registered.retry_lost,
                 tails=self._tails,
                 on_failed=self._failed,
-                pace=self._pace,
+                pacer=self._pacer,
             )
         )
         await session.recovered.wait()

@@ -60,7 +60,7 @@ from gateway.protocol.view import SessionView, encode_snapshot
 from gateway.session.failures import explain, outcome_of
 from gateway.session.inbox import Inbox, Place, QueuedInput
 from gateway.session.older import Older
-from gateway.session.publisher import Finish, Publisher
+from gateway.session.publisher import Finish, Pacer, Publisher
 from gateway.session.reader import Reader, after_calls
 from gateway.session.sources import Sources
 from gateway.session.turn import PendingAsk, Turn, answered
@@ -100,7 +100,7 @@ class Session:
         retry_lost: run the inputs of a turn that was lost in a crash again.
         tails: what the session's log may hold in memory.
         on_failed: told when the engine itself fails; without it, `run` raises.
-        pace: decides when what agents write is published (see `Publisher`).
+        pacer: decides when what agents write is published (see `Publisher`).
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Session:
         retry_lost: bool = False,
         tails: Tails = UNBOUNDED,
         on_failed: Callable[[Session, Exception], None] | None = None,
-        pace: Callable[[Publisher], None] | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         self.record = record
         self.limits = limits
@@ -155,7 +155,7 @@ class Session:
             next_seq=1 if stored is None else stored.reserved + 1,
             reserved=reserved,
             on_visible=self._wake_readers,
-            pace=pace,
+            pacer=pacer,
         )
         self.recovered = trio.Event()
         """Set once a turn that the last process left open has its end in the log, or the session has `failed`; nobody

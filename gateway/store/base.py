@@ -126,6 +126,9 @@ class Store(ABC):
     durable: bool
     """Whether what `append` returned for survives a crash of the process and the machine: `accepted.durable`."""
 
+    immediate = False
+    """Whether there is an `append_nowait`."""
+
     @abstractmethod
     async def __aenter__(self) -> Store:
         """Open. Raises `StoreUnusable` with a message that says what to do."""
@@ -176,6 +179,10 @@ class Store(ABC):
         Raises:
             StoreRefused: the session is not known, or a number is not above all that are stored.
         """
+
+    def append_nowait(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
+        """`append`, in a store that never waits (`immediate`)."""
+        raise NotImplementedError
 
     @abstractmethod
     async def delete(self, session_id: str) -> None:

@@ -65,6 +65,7 @@ class MemoryStore(Store):
     """
 
     durable = False
+    immediate = True
 
     def __init__(
         self, *, max_events: int = 10_000, max_bytes: int = 8 * MIB, retention: Retention | None = None
@@ -124,6 +125,9 @@ class MemoryStore(Store):
         return [event for event, _, _ in session.events if after < event.seq <= upto] if session else []
 
     async def append(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
+        self.append_nowait(session_id, batch, reserved)
+
+    def append_nowait(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
         session = self._sessions.get(session_id)
         if session is None:
             raise StoreRefused(f"session {session_id} is not known")

@@ -141,6 +141,7 @@ async def test_sockets_that_never_said_hello_are_closed_while_turns_run() -> Non
         await eventually(lambda: len(gateway.connections) == 1)
         async with joined(gateway) as running:
             await running.message()
+            await eventually(lambda: gateway.statistics().turns == 1)
             gateway.drain_nowait()
             assert (await upgraded.until_closed()).code == 1012
             assert gateway.statistics().turns == 1
@@ -198,6 +199,8 @@ async def test_bounded_with_a_store_that_does_not_answer() -> None:
     hangs = False
 
     class HangingStore(MemoryStore):
+        immediate = False
+
         async def append(self, session_id, batch, reserved):  # type: ignore[no-untyped-def]
             if hangs:
                 await release.wait()
@@ -240,6 +243,8 @@ async def test_an_input_that_is_being_stored_still_gets_its_answer() -> None:
     waiting = trio.Event()
 
     class SlowStore(MemoryStore):
+        immediate = False
+
         async def append(self, session_id, batch, reserved):  # type: ignore[no-untyped-def]
             waiting.set()
             await gate.wait()
