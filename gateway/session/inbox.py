@@ -11,6 +11,9 @@ INBOX is a memory channel. Its receiver may have been handed an input and not ha
 buffer, but still in `waiting`, so it can be withdrawn, and `step_back` makes it queue up again when something that
 ranks before it came meanwhile. `receive` looks at both after its last checkpoint.
 
+An input that comes while nothing waits and the loop does need not queue: `take` gives it to a turn while it is still
+being stored, and `wake` calls the loop when it is.
+
 Everything here but `receive` is synchronous: the loop sees the inbox before or after a change, never in between.
 """
 
@@ -67,12 +70,17 @@ class Inbox:
         self.storing: dict[str, QueuedInput] = {}
         self._ready = 0  # in `waiting` and stored
         self._leaving = 0  # in `storing` and withdrawn
-        self._in, self._out = trio.open_memory_channel[QueuedInput](capacity)
+        self._in, self._out = trio.open_memory_channel[QueuedInput | None](capacity)
 
     @property
     def held(self) -> int:
         """Inputs that take up room: what waits, and what was withdrawn but is still on its way to the store."""
         return len(self.waiting) + self._leaving
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and the turn loop does."""
+        return not self.waiting and self._in.statistics().tasks_waiting_receive > 0
 
     # coming in
 
@@ -155,16 +163,22 @@ class Inbox:
             self._in.send_nowait(other)
         return rest[:count]
 
-    async def receive(self) -> QueuedInput:
-        """Wait for the next input. It stays in `waiting`; the caller takes it without an await in between."""
+    async def receive(self) -> QueuedInput | None:
+        """Wait for the next input, which stays in `waiting` (the caller takes it without an await), or for `wake`."""
         while True:
             queued = await self._out.receive()
+            if queued is None:
+                return None
             if queued.place is not Place.INBOX:
                 continue  # withdrawn while it was handed over
             if not queued.step_back:
                 return queued
             queued.step_back = False
             self._refill([*self._drain(), queued])
+
+    def wake(self) -> None:
+        """Make `receive` return None. Only while the loop waits in it and the channel is empty."""
+        self._in.send_nowait(None)
 
     def _leave(self, queued: QueuedInput) -> None:
         if queued.place is Place.STORING:
@@ -178,9 +192,11 @@ class Inbox:
         taken: list[QueuedInput] = []
         while True:
             try:
-                taken.append(self._out.receive_nowait())
+                queued = self._out.receive_nowait()
             except trio.WouldBlock:
                 return taken
+            assert queued is not None, "a wake-up goes straight to the loop, which waits for it"
+            taken.append(queued)
 
     def _refill(self, inputs: Sequence[QueuedInput]) -> None:
         """Fill the (emptied) channel in the order of rank."""

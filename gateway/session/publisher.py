@@ -497,6 +497,9 @@ class Publisher:
                 assert item.done is not None
                 refused.add(event.request_id)
                 item.done(None)
+            elif type(event) is TurnStarted and refused.issuperset(event.request_ids):
+                self._turn_id = None
+                _drop(item)
             elif type(event) is Withdrawn and event.request_id in refused:
                 if item is not None:
                     unneeded.append(item)
@@ -525,10 +528,10 @@ class Publisher:
         for one in batch:
             log.append(one.event, one.payload, one.parts)
             view.apply(one.event)
-        self._on_visible()
-        for one in batch:
+            # Before the next event: a reply to an input comes before the start of its turn.
             if one.item is not None and one.item.done is not None:
                 one.item.done(one.event)
+        self._on_visible()
 
 
 def _nothing() -> None:

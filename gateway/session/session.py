@@ -373,10 +373,14 @@ class Session:
         )
         queued = QueuedInput(event, frame.on_busy, digest)
         queued.repliers.append(self._replier(reader, queued))
+        at_once = self.turn is None and self._inbox.idle
         self._inbox.admit(queued)
         self.publisher.enqueue(
             event, lambda stored: self._stored(queued, stored is not None), digest=digest, on_busy=frame.on_busy
         )
+        if at_once:
+            # The input and the start of its turn are stored as one: half the waiting, and half the transactions.
+            self._begin_turn(self._inbox.take([queued]), at_once=True)
 
     def _replier(self, reader: Reader, queued: QueuedInput) -> Callable[[Error | None, int, bool], None]:
         event = queued.event
@@ -599,6 +603,10 @@ class Session:
             await self._run_turn(self.turn)
         while True:
             queued = await self._inbox.receive()
+            if queued is None:
+                assert self.turn is not None
+                await self._run_turn(self.turn)
+                continue
             if self.draining:
                 await trio.sleep_forever()  # what waits stays stored, and runs after the restart
             # No await between taking inputs out and having a turn: an input is in the inbox or owned by a turn.
@@ -609,13 +617,31 @@ class Session:
             self._tell_credit()
             await self._run_turn(turn)
 
-    def _begin_turn(self, inputs: Sequence[Input], attempt: int = 1) -> Turn:
+    def _begin_turn(self, inputs: Sequence[Input], attempt: int = 1, *, at_once: bool = False) -> Turn:
+        """Make the turn and write its start. With `at_once` its input is being stored, and the loop is woken then."""
         turn = self.turn = Turn(self, f"t_{self.sources.new_id()}", inputs, attempt)
         started = TurnStarted(
             turn_id=turn.turn_id, request_ids=[item.request_id for item in inputs], attempt=turn.attempt
         )
-        self.publisher.enqueue(started, lambda _: turn._started.set())
+
+        def visible(event: Event | None) -> None:
+            if event is None:
+                self._discard(turn)
+                return
+            turn._started.set()
+            if at_once:
+                self._inbox.wake()
+
+        self.publisher.enqueue(started, visible)
         return turn
+
+    def _discard(self, turn: Turn) -> None:
+        """The store has refused the turn's input: neither ever was. Its agent has not been started."""
+        self.turn = None
+        turn._closed = True
+        for reply in turn._on_ended:
+            reply()
+        turn._ended.set()
 
     async def _run_turn(self, turn: Turn) -> None:
         """Run the agent once. When this returns, the turn's `turn_ended` is visible and its work is over."""
@@ -636,8 +662,9 @@ class Session:
             if not turn._settled.is_set():
                 timed_out = trio.current_time() >= turn._max_deadline
                 self.stop_turn(turn, "timed_out" if timed_out else "detached")
-            with trio.move_on_after(self.limits.stop_timeout_ms / 1000):
-                await turn._finished.wait()
+            if not turn._finished.is_set():
+                with trio.move_on_after(self.limits.stop_timeout_ms / 1000):
+                    await turn._finished.wait()
             if not turn._finished.is_set():
                 _log.error("agent_ignores_cancellation", session_id=self.record.session_id, turn_id=turn.turn_id)
         await self._end_turn(turn)

@@ -366,10 +366,14 @@ class Script:
         await self.do(lambda turn: turn.send(text, channel))
 
     async def finish(self, text: str | None = None) -> None:
+        self.finish_nowait(text)
+        await settle()
+
+    def finish_nowait(self, text: str | None = None) -> None:
         async def finish(_: Turn) -> Returned:
             return Returned(text)
 
-        await self.do(finish)
+        self._send.send_nowait(finish)
 
     async def fail(self, exc: BaseException) -> None:
         async def fail(_: Turn) -> None:

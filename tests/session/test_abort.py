@@ -123,40 +123,61 @@ async def test_an_unknown_turn_is_not_stopped_instead_of_the_running_one() -> No
 async def test_an_input_that_is_being_stored_is_accepted_then_withdrawn() -> None:
     agent = Script()
     async with open_bench(agent) as bench:
+        bench.send("r0")
+        await settle()
+        bench.reader.take()
         bench.store.hold()
         bench.send("r1")
         await settle()
-        bench.abort(scope="all")
+        bench.abort(scope="queue")
         await settle()
         assert not bench.reader.frames
         bench.store.release()
         await settle()
         assert [type(frame) for frame in bench.reader.frames] == [Accepted, Aborted]
-        assert bench.turns == []
         assert [e.request_id for e in bench.reader.of(Withdrawn)] == ["r1"]
+        await agent.finish()
+        assert bench.turns == [["r0"]]
 
 
-async def test_an_input_in_the_loops_hand_is_withdrawn() -> None:
+@pytest.mark.parametrize("scope", ["turn", "all"])
+async def test_a_turn_whose_input_is_being_stored_is_aborted_without_its_agent(scope: Any) -> None:
     agent = Script()
     async with open_bench(agent) as bench:
-        # `accepted` is sent in the step that hands the input to the waiting loop.
-        push = bench.reader.push
-
-        def stop_at_once(frame: Any) -> None:
-            push(frame)
-            if isinstance(frame, Accepted):
-                trio.lowlevel.current_trio_token()
-                bench.abort(scope="all")
-
-        bench.reader.push = stop_at_once  # type: ignore[method-assign]
+        bench.store.hold()
         bench.send("r1")
         await settle()
-        assert bench.turns == []
-        assert bench.inputs == ["r1"]
+        bench.abort(scope=scope)
+        await settle()
+        assert not bench.reader.frames
+        bench.store.release()
+        await settle()
+        assert [type(frame) for frame in bench.reader.frames] == [Accepted, Aborted]
+        assert (bench.turns, bench.ends, agent.turns) == ([["r1"]], ["aborted"], [])
         assert not bench.session.busy
 
 
-@pytest.mark.parametrize("steps", range(14))
+@pytest.mark.parametrize("abort", [False, True])
+async def test_a_turn_whose_input_is_refused_never_was(abort: bool) -> None:
+    agent = Script()
+    async with open_bench(agent) as bench:
+        bench.store.unavailable = True
+        bench.send("r1")
+        if abort:
+            bench.abort(scope="all")
+        await settle()
+        assert [frame.code for frame in bench.reader.got(Error)] == ["unavailable"]
+        assert len(bench.reader.got(Aborted)) == abort, "whoever wanted it gone has what it asked for"
+        assert (bench.reader.events, agent.turns, bench.session.busy) == ([], [], False)
+        bench.store.unavailable = False
+        await trio.sleep(0.1)
+        bench.send("r1")
+        await settle()
+        await agent.finish("done")
+        assert bench.ends == ["completed"]
+
+
+@pytest.mark.parametrize("steps", range(24))
 @pytest.mark.parametrize("scope", ["turn", "queue", "all"])
 async def test_an_abort_at_any_moment_is_answered_and_leaves_the_session_usable(scope: Any, steps: int) -> None:
     async def agent(turn: Turn) -> None:

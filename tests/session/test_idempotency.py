@@ -77,6 +77,9 @@ async def test_a_withdrawn_input_counts() -> None:
 async def test_a_repetition_of_an_input_that_was_withdrawn_while_it_is_stored() -> None:
     agent = Script()
     async with open_bench(agent) as bench:
+        bench.send("r0")
+        await settle()
+        bench.reader.take()
         bench.store.hold()
         bench.send("r1")
         await settle()
@@ -84,10 +87,10 @@ async def test_a_repetition_of_an_input_that_was_withdrawn_while_it_is_stored() 
         bench.send("r1")
         bench.store.release()
         await settle()
-        assert bench.inputs == ["r1"]
+        assert bench.inputs == ["r0", "r1"]
         assert [event.request_id for event in bench.reader.of(Withdrawn)] == ["r1"]
-        assert accepted(bench) == [("r1", 1, False), ("r1", 1, True)]
-        assert bench.turns == []
+        assert accepted(bench) == [("r1", 3, False), ("r1", 3, True)]
+        assert bench.turns == [["r0"]]
         assert bench.reader.frames[-1] == Aborted(turn_id=None, withdrawn=["r1"])
 
 
