@@ -18,11 +18,15 @@ import trio
 from gateway.errors import ConfigError, ConnectionLost
 from gateway.protocol import messages as m
 from gateway.testing.peer import Peer, open_peer
+from gateway.testing.praison_rules import PraisonObserver
 from gateway.testing.rules import DROPPABLE, VOLATILE, Frame, Observer, RuleBroken
 from gateway.testing.vectors import Mismatch, Names, Step, Vector, action_of, match, resolve
 
 PATIENCE_S = 30.0
 """For one step. Nothing is measured with it; a machine under load may take seconds."""
+
+RETRY_S = 0.05
+"""Between two joins that wait for something to be true."""
 
 AGENT = "conformance"
 
@@ -44,9 +48,12 @@ class _Failed(Exception):
 
 
 class _Connection:
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer, protocol: int) -> None:
         self.peer = peer
-        self.observer = Observer()
+        self.observer = Observer() if protocol == 2 else PraisonObserver()
+        self._numbered = m.EVENTS.keys() if protocol == 2 else {"replay"}
+        # Dialect 1 merges nothing and leaves nothing out.
+        self._volatile = VOLATILE if protocol == 2 else frozenset()
         self.events: deque[Frame] = deque()
         self.frames: deque[Frame] = deque()
 
@@ -68,13 +75,13 @@ class _Connection:
             raise RuleBroken("1.3", f"expected JSON, got {text[:100]!r}") from None
         for frame in parsed if isinstance(parsed, list) else [parsed]:
             self.observer.received(frame, len(text.encode()))
-            (self.events if frame["type"] in m.EVENTS else self.frames).append(frame)
+            (self.events if frame["type"] in self._numbered else self.frames).append(frame)
 
     async def next(self, wanted: str) -> Frame:
         """The next frame of the stream that `wanted` belongs to, passing over what may come in between."""
-        numbered = wanted in m.EVENTS
+        numbered = wanted in self._numbered
         stream = self.events if numbered else self.frames
-        passed = VOLATILE if numbered else DROPPABLE | {"ping"}
+        passed = self._volatile if numbered else DROPPABLE | {"ping"}
         while True:
             while stream:
                 frame = stream.popleft()
@@ -84,7 +91,7 @@ class _Connection:
 
     def left_over(self) -> Frame | None:
         """Something that came, must mean something, and was expected by nobody."""
-        passed = VOLATILE | DROPPABLE | {"ping", "pong"}
+        passed = self._volatile | DROPPABLE | {"ping", "pong"}
         return next((frame for frame in [*self.frames, *self.events] if frame["type"] not in passed), None)
 
 
@@ -102,6 +109,7 @@ class Runner:
         self._patience = patience
         self._connections: dict[str, _Connection] = {}
         self._names: Names = {}
+        self._protocol = 2
         self._known: set[str] = set()
 
     async def run(self, vector: Vector) -> None:
@@ -115,6 +123,7 @@ class Runner:
         fresh = secrets.token_hex(6)
         self._names = {"agent": AGENT, "session": f"v-{fresh}", "other_session": f"w-{fresh}"}
         self._connections, self._known = {}, set()
+        self._protocol = vector.protocol
         try:
             for number, step in enumerate(vector.steps, 1):
                 try:
@@ -146,8 +155,9 @@ class Runner:
         old = self._connections.get(name)
         if old is not None:
             await old.peer.aclose()
+        query = step.get("query")
         peer = await open_peer(
-            self._url,
+            f"{self._url}?{query}" if query else self._url,
             headers=[(key, resolve(value, self._names)) for key, value in step.get("headers", ())],
             subprotocols=step.get("subprotocols", ()),
             receive_buffer=step.get("receive_buffer"),
@@ -155,7 +165,7 @@ class Runner:
         if peer.ended is not None:
             await peer.aclose()
             raise _Failed(f"the upgrade was refused: {peer.ended.reason}")
-        self._connections[name] = connection = _Connection(peer)
+        self._connections[name] = connection = _Connection(peer, step.get("protocol", self._protocol))
         return connection
 
     async def _connect(self, step: Step) -> None:
@@ -164,12 +174,23 @@ class Runner:
             match(step["subprotocol"], connection.peer.subprotocol, self._names)
 
     async def _join(self, step: Step) -> None:
+        while True:
+            try:
+                await self._join_once(step)
+                return
+            except Mismatch:
+                if not step.get("retry"):
+                    raise
+            await trio.sleep(RETRY_S)
+
+    async def _join_once(self, step: Step) -> None:
         old = self._connections.get(step["join"])
         if old is not None:
             self._names["cursor"] = old.observer.cursor
         connection = await self._open(step["join"], step)
+        protocol = step.get("protocol", self._protocol)
         hello = {
-            "type": "hello", "protocol_min": 2, "protocol_max": 2, "agent_id": AGENT,
+            "type": "hello", "protocol_min": protocol, "protocol_max": protocol, "agent_id": AGENT,
             "session_id": "$session", **step.get("hello", {}),
         }  # fmt: skip
         await connection.send(resolve(hello, self._names), self._known)
@@ -257,13 +278,13 @@ class Runner:
     async def _quiet(self, step: Step) -> None:
         connection = self._on({"on": step["quiet"]})
         for _ in range(2):  # events may follow the first pong; what was there before it is here before the second
-            nonce = secrets.token_hex(4)
-            await connection.send({"type": "ping", "nonce": nonce}, self._known)
-            while not any(frame["type"] == "pong" and frame["nonce"] == nonce for frame in connection.frames):
-                try:
+            await connection.send({"type": "ping"}, self._known)
+            try:
+                while not any(frame["type"] == "pong" for frame in connection.frames):
                     await connection.read()
-                except ConnectionLost as exc:
-                    raise _Failed(f"the connection ended: {exc.code} {exc.reason}") from None
+            except ConnectionLost as exc:
+                raise _Failed(f"the connection ended: {exc.code} {exc.reason}") from None
+            connection.frames.remove(next(frame for frame in connection.frames if frame["type"] == "pong"))
         if (frame := connection.left_over()) is not None:
             raise Mismatch(f"nobody expected {json.dumps(frame, ensure_ascii=False)[:400]}")
         connection.frames.clear()

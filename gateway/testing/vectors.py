@@ -20,8 +20,8 @@ from gateway.errors import ConfigError
 Step = Mapping[str, Any]
 
 ACTIONS: Mapping[str, frozenset[str]] = {
-    "connect": frozenset({"headers", "subprotocols", "subprotocol", "receive_buffer"}),
-    "join": frozenset({"hello", "hello_ok", "receive_buffer", "not_before_ms"}),
+    "connect": frozenset({"headers", "query", "subprotocols", "subprotocol", "receive_buffer", "protocol"}),
+    "join": frozenset({"hello", "hello_ok", "receive_buffer", "protocol", "retry", "not_before_ms"}),
     "send": frozenset({"on"}),
     "send_text": frozenset({"on"}),
     "send_binary": frozenset({"on"}),
@@ -48,6 +48,7 @@ class Vector:
     id: str
     title: str
     profile: str
+    protocol: int = 2
     sides: tuple[str, ...]
     steps: tuple[Step, ...]
 
@@ -107,7 +108,14 @@ def _vector(item: dict[str, Any], content: dict[str, Any]) -> Vector:
     sides = tuple(item.get("sides", ["gateway"]))
     if not sides or not set(sides) <= set(SIDES):
         raise ConfigError(name, f"sides: expected some of {SIDES}, got {sides}")
-    return Vector(id=name, title=item["title"], profile=content["profile"], sides=sides, steps=tuple(item["steps"]))
+    return Vector(
+        id=name,
+        title=item["title"],
+        profile=content["profile"],
+        protocol=content.get("protocol", 2),
+        sides=sides,
+        steps=tuple(item["steps"]),
+    )
 
 
 # --- patterns --------------------------------------------------------------------------------------------------------
@@ -206,7 +214,8 @@ def _special(pattern: dict[str, Any], value: Any, names: Names, where: str) -> N
     elif "$is" in pattern:
         if not _KINDS[pattern["$is"]](value):
             raise Mismatch(f"{where}: expected {pattern['$is']}, got {_shown(value)}")
-        if not resolve(pattern.get("$min", value), names) <= value <= resolve(pattern.get("$max", value), names):
+        low, high = (resolve(pattern.get(bound), names) for bound in ("$min", "$max"))
+        if (low is not None and value < low) or (high is not None and value > high):
             raise Mismatch(f"{where}: expected {_shown(pattern)}, got {_shown(value)}")
         if "$as" in pattern:
             names[pattern["$as"]] = value
