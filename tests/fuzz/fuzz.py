@@ -8,9 +8,12 @@ which it writes to a file ``crash-…``: give that as FOLDER to run it alone.
 from __future__ import annotations
 
 import hashlib
+import json
+import random
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import atheris
 import trio
@@ -18,12 +21,49 @@ import trio
 with atheris.instrument_imports(include=["gateway.protocol", "gateway.transport"]):
     import gateway.protocol.codec
     import gateway.protocol.handshake
+    import gateway.protocol.praison
     import gateway.transport.frames
     import gateway.transport.websocket  # noqa: F401
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from fuzz_targets import MAX_INPUT, TARGETS, in_trio, seeds  # noqa: E402
+
+ODD: list[Any] = [
+    None, True, False, 0, -1, 1.5, 2**63, 2**64 - 1, "", "x", "\ud83d", "\x00", "a" * 129, [], {}, [[]],
+    {"type": "ping"},
+]  # fmt: skip
+
+
+def mutate_json(data: bytes, max_size: int, seed: int) -> bytes:
+    """One change to the JSON's structure, or, half of the time, to its bytes: most of those are no JSON any more."""
+    chance = random.Random(seed)
+    try:
+        value = json.loads(data) if chance.random() < 0.5 else None
+    except ValueError:
+        value = None
+    places: list[tuple[Any, Any]] = []
+
+    def look(item: Any) -> None:
+        for key in item if isinstance(item, dict) else range(len(item)) if isinstance(item, list) else ():
+            places.append((item, key))
+            look(item[key])
+
+    look(value)
+    if not places:
+        return bytes(atheris.Mutate(data, max_size))
+    parent, key = chance.choice(places)
+    match chance.randrange(4):
+        case 0:
+            del parent[key]
+        case 1:
+            parent[key] = chance.choice(ODD)
+        case 2:
+            other, name = chance.choice(places)
+            parent[key] = json.loads(json.dumps(other[name]))
+        case 3:
+            parent[key] = [parent[key]] if chance.random() < 0.5 else {"type": parent[key]}
+    return json.dumps(value).encode()[:max_size]
 
 
 def main() -> None:
@@ -37,7 +77,8 @@ def main() -> None:
         for seed in seeds(name):
             (folder / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
     arguments = [sys.argv[0], f"-max_len={MAX_INPUT}", "-print_final_stats=1", *options]
-    atheris.Setup(arguments, TARGETS[name])
+    mutator = {} if name == "splitter" else {"custom_mutator": mutate_json}
+    atheris.Setup(arguments, TARGETS[name], **mutator)
     trio.run(partial(in_trio, atheris.Fuzz))
 
 
