@@ -123,8 +123,10 @@ class Stream:
         )
 
     def restart(self, cursor: int) -> None:
-        """A snapshot brought the client to `cursor`; its sequence goes on."""
+        """A snapshot brought the client to `cursor`, maybe into the middle of an answer; its sequence goes on."""
         self._start = cursor
+        self._answer = Answer()
+        self._began = self._told = ""
 
     def read(self, log: Log, cursor: int, budget: int) -> Chunk:
         """What follows `cursor`, as `Log.read`. Each call continues the sequence, so its result must be sent.

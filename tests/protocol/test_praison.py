@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import attrs
 import golden
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from steady import steady
 from gateway.errors import FrameError, HandshakeRefused
 from gateway.protocol import codec, dialects
 from gateway.protocol import messages as m
+from gateway.protocol.log import Log
 from gateway.protocol.praison import Praison
 from gateway.protocol.praison_events import EVENTS
 from gateway.testing.strategies import client_frames, near_valid
@@ -216,7 +218,9 @@ def test_made_up_request_ids_are_not_made_up_twice() -> None:
 
 def test_a_snapshot_is_cut_to_a_frame() -> None:
     """What version 2 fits into a frame may be too long once it is wrapped; the newest stays."""
-    dialect, _ = golden.joined()
+    dialect = Praison()
+    dialect.attach(Log(max_events=1, max_bytes=1), {})
+    dialect.encode(attrs.evolve(golden.HELLO_OK, session_id="s" * 128))
     size = golden.POLICY.max_frame_bytes
     transcript = [
         m.Input(seq=n, first=n, at=1, request_id=m.RequestId(f"r{n}"), content=f"{n} " + "x" * 4_950)

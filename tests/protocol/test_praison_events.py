@@ -505,15 +505,104 @@ def test_an_output_that_replaces_what_was_streamed() -> None:
 
 def test_a_session_that_nobody_of_this_dialect_has_read() -> None:
     """Its deltas were never marked, but a client that starts at the beginning has none of them."""
-    writer = Writer(marks=False)
-    writer.start()
-    writer.delta("one ")
-    writer.seal(more=True)
-    writer.delta("two")
-    writer.end()
-    writer.log.keep_marks()
+    writer = unmarked("one ", "two")
     line = Line(writer)
     line.catch_up()
+    check(writer, line.client)
+
+
+def unmarked(*segments: str) -> Writer:
+    """A turn that ended before anyone of this dialect read it."""
+    writer = Writer(marks=False)
+    writer.start()
+    for text in segments[:-1]:
+        writer.delta(text)
+        writer.seal(more=True)
+    writer.delta(segments[-1])
+    writer.end()
+    writer.log.keep_marks()
+    return writer
+
+
+def test_what_depends_on_who_reads_is_not_kept() -> None:
+    writer = unmarked("one ", "two ", "three")
+    inside, start = Line(writer), Line(writer)
+    inside.client.cursor = 3  # somewhere in the first segment, perhaps
+    inside.connect()
+    inside.catch_up()
+    assert "".join(inside.client.tokens.values()) == ""
+    start.catch_up()
+    check(writer, start.client)
+
+
+def test_a_client_that_was_cut_right_behind_a_segment_gets_the_others() -> None:
+    writer = unmarked("one ", "two ", "three")
+    line = Line(writer)
+    line.read(frames=3)
+    assert line.client.tokens == {("t1", "answer"): "one "}
+    line.catch_up()
+    check(writer, line.client)
+
+
+def test_a_snapshot_in_mid_answer_is_where_the_client_starts() -> None:
+    """Its marks are forgotten: how much of the answer was in the snapshot is not known."""
+    writer = Writer()
+    line = Line(writer)
+    writer.start()
+    line.read()
+    for n in range(10):
+        writer.delta(f"{n} ")
+        if n == 4:
+            cursor = writer.log.head
+    writer.end()
+    marks = writer.log.marks
+    assert marks is not None
+    marks.drop(writer.log.head)
+    line.client.cursor = line.position = cursor
+    line.stream.restart(cursor)
+    line.catch_up()
+    assert line.client.tokens == {}
+    assert contents(line.client.finals["t1"]) == "0 1 2 3 4 5 6 7 8 9 "
+
+
+def test_a_page_of_the_store_has_the_text_that_belongs_between_its_events() -> None:
+    """The output that the text is in may still be in memory when the events before it are not."""
+    tails = Tails(2**20, 2**20)
+    writer = Writer(tails=tails)
+    line = Line(writer)
+    writer.start()
+    writer.delta("before ")
+    writer.tool()
+    writer.delta("after " * 50)
+    writer.end()
+    asked, started, _, said, ended = (entry.size for entry in writer.log.entries)
+    tails.share = (said + ended + asked + started + 10) * 4 // 3 + 1  # what stays when the next turn starts
+    writer.start()
+    first = writer.log.entries[0]
+    assert (type(first.event), first.seq) == (m.Output, 6)
+    line.read(budget=1)
+    line.read(budget=1)
+    line.catch_up(100)
+    writer.end()
+    line.catch_up()
+    check(writer, line.client)
+
+
+def test_a_replay_is_read_in_portions() -> None:
+    writer = Writer()
+    line = Line(writer)
+    writer.start()
+    for n in range(1000):
+        writer.delta(f"{n} ")
+    writer.end()
+    while True:
+        chunk = line.stream.read(writer.log, line.position, 4096)
+        for payload in chunk.payloads:
+            line.client.take(payload)
+        line.position = chunk.cursor
+        if not chunk.payloads:
+            break
+        assert chunk.size == sum(map(len, chunk.payloads)) < 4096 + 6000
     check(writer, line.client)
 
 

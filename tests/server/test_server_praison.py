@@ -165,6 +165,14 @@ async def test_bad_input_is_a_typed_error_and_no_end(text: str, code: str) -> No
         assert (await wrapped(client, "response", status="final"))["content"] == "echo: hi"
 
 
+async def test_a_reply_to_no_question() -> None:
+    async with gateway_of() as gateway, praison(gateway) as client:
+        for request_id in ("nobody", "else"):
+            await client.send("server_reply", request_id=request_id, value="x")
+            ack = await client.until("server_reply_ack")
+            assert (ack["request_id"], ack["status"]) == (request_id, "unknown_request")
+
+
 async def test_too_much_bad_input_is() -> None:
     async with gateway_of() as gateway, praison(gateway) as client:
         for _ in range(11):
