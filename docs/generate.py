@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import typing
 from pathlib import Path
@@ -16,6 +17,7 @@ from gateway.config import Config, Limits, Log, Server, Store
 from gateway.protocol import messages as m
 
 HERE = Path(__file__).parent / "reference"
+GOLDEN = Path(__file__).parents[1] / "tests/protocol/golden_frames.json"
 
 
 def shown(kind: object) -> str:
@@ -90,7 +92,36 @@ def protocol() -> str:
         m.QueuedRef, m.ErrorInfo,
     )  # fmt: skip
     out += [f"### {cls.__name__}\n\n{paragraph(cls)}{fields_of(cls)}" for cls in parts]
-    return "\n".join(out)
+    return "\n".join(out) + dialect_1()
+
+
+def dialect_1() -> str:
+    """Version 1, from the golden vectors that its tests hold it to."""
+    vectors = json.loads(GOLDEN.read_text())
+    out = [
+        "\n## Version 1\n",
+        "The wire format of PraisonAI's gateway ([explained](../explanation/dialects.md)). A client opens with `join`",
+        "or with a `hello` whose `protocol_max` is 1. Examples of every frame, as the tests hold the gateway to them",
+        "(`tests/protocol/golden_frames.json`):\n",
+        "### What clients of version 1 send\n",
+        "| version 1 | what it means |",
+        "|---|---|",
+    ]
+    out += [f"| {row(one['1'])} | {row(one['2'])} |" for one in vectors["client"] if "2" in one]
+    out += ["\n### Events in version 1\n", "| version 2 | `event` in version 1 |", "|---|---|"]
+    for one in vectors["events"]:
+        wrapped = [{name: frame["event"][name] for name in ("type", "data")} for frame in one["1"]]
+        out.append(f"| `{one['2']['type']}` | {'<br>'.join(map(row, wrapped))} |")
+    out += ["\n### What the gateway sends in version 1, without a number\n", "| version 2 | version 1 |", "|---|---|"]
+    for name, one in vectors["server"].items():
+        frames = one["1"] if type(one["1"]) is list else [one["1"]]
+        out.append(f"| {name} | {'<br>'.join(row(frame) if frame else 'nothing' for frame in frames)} |")
+    return "\n".join(out) + "\n"
+
+
+def row(frame: object) -> str:
+    """A frame in a cell of a table."""
+    return "`" + json.dumps(frame, ensure_ascii=False).replace("|", "\\|") + "`"
 
 
 def configuration() -> str:

@@ -41,3 +41,8 @@ async def fail(turn: Turn) -> None:
 
 async def echo(turn: Turn) -> str:
     return f"echo: {turn.input.content}"
+
+
+async def assistant(turn: Turn) -> None:
+    for word in ("You ", "said ", f"{turn.input.content}."):
+        await turn.send(word)

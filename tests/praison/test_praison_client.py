@@ -237,13 +237,15 @@ async def test_a_gateway_that_is_killed_in_mid_answer(python: Path, tmp_path: Pa
         async with praison(python, first.url, "stream") as client:
             await client.connected(1)
             session_id = (await client.report())["session_id"]
-            await client.send("message", content="go")
+            await client.send("message", content="go", request_id="r1")
             await client.until(lambda _: len(client.tokens()) > 200)
             first.signal(signal.SIGKILL)
             await first.ended()
             stop.touch()
             async with running(*args, "--port", str(port), **options):
                 end = await client.event("response", status="final", outcome={"status": "ok"})
+                await client.send("message", content="go", request_id="r1")
+                await client.event("response", status="duplicate", request_id="r1")
                 report = await client.report()
                 texts = await said((host, port), session_id)
     lost = await client.event("error")
@@ -345,3 +347,18 @@ async def test_a_resync_of_its_own_reads_everything_again(python: Path, tmp_path
             await client.until(lambda _: len(client.events("stream_end")) == 2)
             assert client.finals() == ["echo: hi"] * 2
             assert client.gaps == []
+
+
+async def test_the_client_of_the_how_to(python: Path, tmp_path: Path) -> None:
+    """The page's program, as it stands there, with the agent it names."""
+    page = (HERE.parents[1] / "docs/how-to/from-praisonai.md").read_text()
+    found = re.search(r"^```python file=talk.py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    (tmp_path / "talk.py").write_text(found[1])
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
+    async with running("assistant=praison_agents:assistant", PYTHONPATH=path) as process:
+        with trio.fail_after(PATIENCE):
+            done = await trio.run_process(
+                [python, tmp_path / "talk.py", process.url], capture_stdout=True, stdin=subprocess.DEVNULL
+            )
+    assert done.stdout.decode() == "You said hello. [ok]\n"
