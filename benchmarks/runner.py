@@ -64,7 +64,9 @@ def measure(workload: Workload, system: System, *, quick: bool = False) -> Measu
             )
             if done.returncode:
                 said = (server.folder / "out").read_text(errors="replace")[-1000:]
-                raise RunFailed(f"{done.stderr.strip() or f'exit code {done.returncode}'}\nThe server said: {said}")
+                # The last line is what was wrong; the page has room for one.
+                reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+                raise RunFailed(f"{reason}\n{done.stderr}The server said: {said}")
     except (ServerFailed, environments.EnvironmentFailed) as exc:
         raise RunFailed(str(exc)) from exc
     measured: Measured = json.loads(done.stdout)

@@ -102,6 +102,8 @@ class Client(picows.WSListener):
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[Any] = loop.create_future()
         self.ended: asyncio.Future[Any] = loop.create_future()
+        self.heard_of: asyncio.Future[Any] = loop.create_future()
+        """Done with the first piece of all."""
         self._answer = Numbered(FAN_TAG if fan else "")
 
     @classmethod
@@ -186,6 +188,8 @@ class Client(picows.WSListener):
         if self._asked_at:
             self.tally.first.append(time.perf_counter() - self._asked_at)
             self._asked_at = 0.0
+            if not self.heard_of.done():
+                self.heard_of.set_result(None)
         self.tally.add(pieces)
 
     # picows

@@ -24,6 +24,9 @@ AT_ONCE = 16
 PATIENCE = 120.0
 """Seconds until a run is given up. Nothing is measured with it."""
 
+SLACK = 2.0
+"""Seconds for thousands of sessions to start."""
+
 Measured = dict[str, float]
 
 Load = Callable[..., Coroutine[Any, Any, Measured]]
@@ -129,7 +132,8 @@ async def scale(
     measured: Measured = {}
     for round_, clients in enumerate((few, many)):
         interval = clients / rate
-        count = math.ceil((settle + seconds) / interval) + 1
+        # Those that start first go on until all have started, for which there are `SLACK` seconds.
+        count = math.ceil((SLACK + settle + seconds) / interval) + 1
         them = await connect(target, tally, range(round_ * few, round_ * few + clients))
 
         async def ask(client: Client, place: float, interval: float = interval, count: int = count) -> None:
@@ -137,15 +141,16 @@ async def scale(
             await client.ask(count, interval * 1e3)
 
         asked = asyncio.gather(*[ask(one, place / clients) for place, one in enumerate(them)])
-        await asyncio.sleep(interval + settle)
+        await asyncio.gather(*[one.heard_of for one in them])
+        await asyncio.sleep(settle)
         before = tally.pieces
         window = Window(target)
         await asyncio.sleep(seconds)
         measured = window.close()
         deltas = tally.pieces - before
-        cost.append(measured["cpu_s"] / deltas * 1e6)
         if not 0.5 < deltas / (rate * seconds) < 1.5:
             raise ContentError(f"{deltas / seconds:,.0f} deltas/s from {clients} sessions where {rate:,.0f} were asked")
+        cost.append(measured["cpu_s"] / deltas * 1e6)
         await asked
         for one in them:
             one.close()
