@@ -400,7 +400,8 @@ def encode_event(event: m.Event, first: int) -> bytes:
         )
     fields = to_builtins(event)
     fields["first"] = first
-    return orjson.dumps(fields)
+    # Copied, because logs keep it: what orjson returns may sit in a block of many times its length.
+    return bytes(memoryview(orjson.dumps(fields)))
 
 
 def encode_snapshot(snapshot: m.Snapshot, transcript: list[bytes], asks: list[bytes]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from contextlib import suppress
 from typing import Any
 
@@ -433,3 +434,16 @@ def test_decoding_does_not_depend_on_what_was_decoded_before(contents: list[str]
     raw = b"[" + b",".join(codec.encode_frame(message) for message in batch) + b"]"
     for _ in range(times):
         assert codec.decode_client(raw) == batch
+
+
+def test_an_encoded_event_takes_no_more_memory_than_it_has_bytes() -> None:
+    """Logs keep thousands of them. orjson's buffer was 32 KiB for each, however small, after a large one."""
+    event = m.TurnEnded(turn_id="t", outcome="completed", seq=1)
+    codec.encode_event(m.Output(turn_id="t", channel="answer", content="x" * 16_000, seq=1), 1)
+    tracemalloc.start()
+    try:
+        kept = [codec.encode_event(event, 1) for _ in range(100)]
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 100 * (len(kept[0]) + 500)
