@@ -97,7 +97,14 @@ SYSTEMS = {
     for system in (
         _gateway("gateway", "trio-gateway, SQLite full", "sqlite"),
         _gateway("gateway-memory", "trio-gateway, memory", "memory"),
-        _peer("raw", "(picows, to check the load generator)", "own", "raw_picows", peer=False),
+        _peer(
+            "raw",
+            "(picows, to check the load generator)",
+            "own",
+            "raw_picows",
+            peer=False,
+            loads=frozenset({"stream", "fan", "ping", "hello"}),
+        ),
         _peer("trio-websocket", "trio-websocket", "own", "plain_trio"),
         _peer("websockets", "websockets on uvloop", "asyncio", "plain_websockets"),
         _peer("starlette", "uvicorn + starlette on uvloop", "asyncio", "starlette_app"),
