@@ -15,6 +15,7 @@ from gateway.cli import main as cli
 from gateway.cli.spec import FORMATS, written
 from gateway.config import Config, Limits, Log, Server, Store
 from gateway.protocol import messages as m
+from gateway.testing.invariants import INVARIANTS
 
 HERE = Path(__file__).parent / "reference"
 GOLDEN = Path(__file__).parents[1] / "tests/protocol/golden_frames.json"
@@ -202,7 +203,30 @@ def conformance() -> str:
     return "\n".join([*out, *table()]) + "\n"
 
 
+def invariants() -> str:
+    """The invariants of the model, from their registry."""
+    lines = [
+        "# Invariants",
+        "",
+        "What `gateway.testing` holds every history to, and which of the 20 properties of the design each states.",
+        "How to run it: [Simulate](../how-to/simulate.md). A violation names the invariant.",
+        "",
+        "| invariant | properties | |",
+        "|---|---|---|",
+    ]
+    for item in INVARIANTS.values():
+        sentence = " ".join(item.says.split())
+        lines.append(f"| `{item.name}` | {', '.join(map(str, item.properties))} | {sentence} |")
+    lines += [
+        "",
+        "Worlds and machines add some about what a model of one session cannot see: one agent at a time, replies to",
+        "every request, drains that end, rooms that come back, strangers who are refused, and a process that lives.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 PAGES = {
+    "invariants.md": invariants,
     "protocol.md": protocol,
     "configuration.md": configuration,
     "command-line.md": command_line,

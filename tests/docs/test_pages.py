@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import trio
 
 from gateway import Config, Server, open_gateway, open_session
 from gateway.protocol.messages import Ask
+from gateway.testing import simulate as simulation
 from gateway.testing import strategies
 from gateway.testing.dialogue import dump
 from gateway.testing.dialogue import load as load_dialogue
@@ -140,3 +143,42 @@ def test_the_generated_pages_are_current() -> None:
         sys.path.pop(0)
     for name, make in generate.PAGES.items():
         assert (ROOT / "docs/reference" / name).read_text() == make(), "run: python docs/generate.py"
+
+
+def test_the_agent_that_is_simulated(tmp_path: Path) -> None:
+    page = ROOT / "docs/how-to/simulate.md"
+    for name, code in files_of(page).items():
+        (tmp_path / name).write_text(code)
+    simulate = [sys.executable, "-m", "gateway.testing.simulate"]
+    done = subprocess.run(
+        [*simulate, "--agent", "my_agent:patient", "--text", "hello", "--text", "and again", "--runs", "2", "--trace"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert "Then not." in done.stdout
+    plan = simulation.plan(3)
+    (tmp_path / "simulation-1234.json").write_text(json.dumps(plan.as_json()))
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_history.py", "test_my_agent.py"]
+    done = subprocess.run(tests, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_trace_of_the_page_is_one() -> None:
+    page = (ROOT / "docs/how-to/simulate.md").read_text()
+    steps = [
+        simulation.Step("start"),
+        simulation.Step("join", "c1", 1),
+        simulation.Step("send", "c1", 21, {"script": "say:3 sleep:200 return", "on_busy": "queue"}),
+    ]
+    outcome = simulation.run(simulation.Plan(1, "tight", tuple(steps)))
+    shown = next(code for language, name, code in BLOCK.findall(page) if language == "text").splitlines()
+    rest = iter(outcome.trace)
+    assert all(any(line.rstrip() == said.rstrip() for said in rest) for line in shown), outcome.trace
+
+
+def test_the_names_of_the_testing_page() -> None:
+    page = (ROOT / "docs/reference/testing.md").read_text()
+    names = re.findall(r"^\| `(gateway\.testing\.[\w.]+)` \|", page, re.MULTILINE)
+    assert len(names) > 20
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute), name
