@@ -98,6 +98,8 @@ class Wire:
     outbox: deque[Json] = field(factory=deque)
     wake: trio.Event = field(factory=trio.Event)
     pending: list[Pending] = field(factory=list)
+    credit: int | None = None
+    """What the client was last told on this connection."""
     joined: bool = False
     refused: bool = False
     over: bool = False
@@ -262,6 +264,8 @@ class RawClient:
         kind, model = frame["type"], self.model
         if kind not in ("ping", "presence", "signal"):
             self._note(f"<- {_brief(frame)}")
+        if frame.get("credit") is not None:
+            wire.credit = frame["credit"]
         if kind == "hello_ok":
             model.hello(frame, self.world.history(frame["session_id"], frame["epoch"]), wire.since, wire.epoch)
             wire.joined = True

@@ -188,7 +188,7 @@ def says_what_the_agent_wrote(client: Client, turn_id: str, channel: str) -> Ite
 
 @invariant(5, 9)
 def leaves_nothing_out(client: Client, turn_id: str) -> Iterator[str]:
-    """When a turn has completed, its clients have all of its text."""
+    """When a turn has ended, its clients have all that its agent wrote, unless a crash took it."""
     assert client.history is not None
     work = client.history.work.get(turn_id)
     if work is None or turn_id not in client.whole:

@@ -233,7 +233,7 @@ class Client:
             for turn_id, name in list(self.outputs):
                 if turn_id == event["turn_id"]:
                     that.says_what_the_agent_wrote(self, turn_id, name)
-            if event["outcome"] == "completed":
+            if event["outcome"] != "lost":
                 that.leaves_nothing_out(self, event["turn_id"])
 
     def _apply(self, event: Json) -> None:

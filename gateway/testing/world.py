@@ -536,6 +536,10 @@ class World:
             wire = client.wire
             if wire is None or not client.joined:
                 raise Violation("everyone_can_come_back", (15, 20), f"{client.name} could not join")
+            if wire.credit == 0:
+                raise Violation(
+                    "room_is_told", (6,), f"{client.name} was told that there is no room, not that there is"
+                )
             for item in wire.pending:
                 raise Violation(
                     "every_request_is_answered", (6,), f"{client.name} waits for its {item.kind} {item.key}"
