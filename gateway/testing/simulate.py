@@ -297,6 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in plans:
         outcome = run(one, agent, texts)
         events += outcome.events
+        if outcome.violation is not None and options.replay and not options.save:
+            print(f"seed {one.seed}, limits {one.limits}:", *outcome.trace, sep="\n")
+            return 1
         if outcome.violation is not None:
             return _report(outcome, agent, texts, options.save or Path(f"simulation-{one.seed}.json"))
         if options.trace:
