@@ -229,8 +229,6 @@ class Connection:
                 if self._protocol_errors > self._limits.max_protocol_errors:
                     raise handshake.invalid_hello(wrong.message) from None
                 self._write_last(Error(code=wrong.code, message=wrong.message))
-                ws.release(ws.max_message_bytes)
-                ws.hold = True
 
     async def _admit(self, hello: Hello) -> None:
         gateway, ws = self._gateway, self._ws

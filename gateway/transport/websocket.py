@@ -1,23 +1,20 @@
-"""A server's WebSocket connection: trio-websocket over a stream of ours.
+"""A server's WebSocket connection (RFC 6455) for text messages.
 
 Theory of operation
 -------------------
-trio-websocket does the handshake, answers pings and joins fragments. `_Wire` stands between it and the socket and takes
-the text messages, which are nearly everything, the short way:
+trio-websocket does the upgrade (`upgrade`); from then on the line is ours.
 
-    socket ── _Wire.receive_some ──┬── whole text frames ──▶ inbox ──▶ get_many()
-                                   └── anything else ──▶ trio-websocket ──▶ (fragments come back into the inbox)
+    get_many() ── reads, splits and unmasks: whole messages in batches; answers pings; joins fragments
+    send_nowait() ── the FIFO is empty: one non-blocking write
+                  └─ otherwise, or what the kernel refused: FIFO ──▶ pump (a task only while there is something)
 
-    send_nowait() ──┬── the FIFO is empty ──▶ one non-blocking write
-    library's send ─┘── otherwise, or what the kernel refused ──▶ FIFO ──▶ pump (a task only while there is something)
+One task reads, the one that handles the messages, so nothing is read ahead of it. A pong, a close and ready-made frames
+go the same way out: one FIFO, in which every entry ends at a frame boundary and an entry partly sent is never
+withdrawn, so nothing can tear a frame.
 
-Order in: nothing behind a fragmented message is parsed until that message has come out of the library.
-Order out: one FIFO. Every entry ends at a frame boundary, and an entry partly sent is never withdrawn, so nothing can
-tear a frame, not even a cancelled library call: those only append to the FIFO.
-
-What the library would do wrong is kept from it: heads that are not ASCII, malformed frames (it would drop the line
-without a close frame; we send 1002 or 1007), messages beyond the limit, pings after our close (it would raise), and the
-closing handshake: either side may begin it at any point of the other's, and one close frame, with our code, goes out.
+The rules are checked at a frame's header: no byte beyond a limit is waited for. Malformed frames get a close frame with
+the RFC's code. Either side may begin the closing handshake at any point of the other's; one close frame, with our code,
+goes out.
 
 Phases: HANDSHAKE → OPEN → CLOSING (our close was asked for, or the peer's is being answered) → CLOSED. Ready-made
 frames are taken only while OPEN; from CLOSING on, text is discarded, or the peer's close reply would never be reached.
@@ -27,20 +24,21 @@ handler has left the block.
 
 from __future__ import annotations
 
-import re
+import codecs
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import trio
-import trio_websocket
 
-from gateway.errors import ConnectionLost, TransportError
+from gateway.errors import ConnectionLost
 from gateway.transport.frames import (
     BINARY,
     CLOSE,
     CONTINUATION,
+    PING,
     TEXT,
     FrameViolation,
     Head,
@@ -50,25 +48,25 @@ from gateway.transport.frames import (
     unmask,
 )
 from gateway.transport.streams import ByteStream, end_gently
+from gateway.transport.upgrade import HandshakeFailed, NoRequest, Upgrade, answer_in_http, failure_in
 
-MAX_HEAD = 16 * 1024
-"""Bytes of an upgrade request: what common HTTP servers take (8 to 16 KiB) at its upper end."""
+if TYPE_CHECKING:
+    import trio_websocket
 
-_HOST = re.compile(rb"\r\nhost:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
-
-_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+__all__ = ["LINGER", "HandshakeFailed", "Phase", "ServerWebSocket", "open_server_websocket"]
 
 READ_BYTES = 64 * 1024
-INBOX_MESSAGES = 1024
-INBOX_BYTES = 1024 * 1024
-"""Messages read ahead of the handler, and their bytes. It handles them without waiting, so this bounds little more than
-one scheduler pass: a long array is handled in several."""
+BATCH_MESSAGES = 1024
+BATCH_BYTES = 1024 * 1024
+"""Messages handed over at once, and their bytes: many small ones are handled in several passes of the scheduler."""
 
 MAX_EMPTY_FRAGMENTS = 1024
-"""In one message. The byte limit does not see them, and the library keeps something for each."""
+"""In one message. The byte limit does not see them, and without one such a message would never have to end."""
 
 LINGER = 1.0
 """Seconds for a peer that gets an HTTP error to read it and to close."""
+
+_UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 class Phase(IntEnum):
@@ -78,179 +76,26 @@ class Phase(IntEnum):
     CLOSED = 3
 
 
-class HandshakeFailed(TransportError):
-    """The upgrade request was refused or never completed; the peer got an HTTP answer where one was possible."""
+class _Fragments:
+    """A message that comes in pieces."""
 
-    status = b"400 Bad Request"
+    __slots__ = ("_decoder", "empty", "parts", "size")
 
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.size = self.empty = 0
+        self._decoder = _UTF8()
 
-class _NoRequest(HandshakeFailed):
-    status = b"408 Request Timeout"
-
-
-class _Wire(trio.abc.HalfCloseableStream):
-    """The stream trio-websocket sees."""
-
-    def __init__(self, ws: ServerWebSocket, stream: ByteStream) -> None:
-        self._ws = ws
-        self._stream = stream
-        self._buffer = bytearray()
-        self._head_seen = False
-        self.host: str | None = None  # the library keeps this header to itself
-        self._skip = 0  # bytes still to come of a frame that nobody wants
-        self._garbage = False  # the peer broke the framing: where a frame starts is not known any more
-        self._fragments = 0  # bytes of the fragmented message so far, headers of its frames not counted
-        self._empty = 0  # empty fragments of it
-        self._in_fragments = False
-        self._collect = False  # the last fragment was handed over: its message is in the library now
-
-    # inwards
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Bytes for the library: the request, then whatever is not a whole text frame."""
-        ws = self._ws
-        if ws.phase is Phase.HANDSHAKE and not self._head_seen:
-            self._head_seen = True
-            return await self._receive_head()
-        while ws.phase is Phase.HANDSHAKE:
-            await ws._opened.park()
-        if self._collect:
-            self._collect = False
-            await ws._collect_message()
-        while not ws._library_ended:
-            for_library = self._parse()
-            if for_library:
-                return for_library
-            if await ws._wait_inbox_room() or ws._library_ended:
-                continue  # what was held back is in the buffer, or the reading is over
-            try:
-                data = await self._stream.receive_some(READ_BYTES)
-            except trio.BrokenResourceError:
-                ws._lost()
-                raise
-            if not data:
-                ws._lost()
-                return b""
-            if self._skip:
-                skipped = min(self._skip, len(data))
-                self._skip -= skipped
-                data = data[skipped:]
-            self._buffer += data
-        return b""
-
-    async def _receive_head(self) -> bytes:
-        buffer = self._buffer
-        while (end := buffer.find(b"\r\n\r\n")) < 0:
-            if len(buffer) > MAX_HEAD:
-                raise HandshakeFailed(f"the request's head is longer than {MAX_HEAD} bytes")
-            try:
-                data = await self._stream.receive_some(4096)
-            except trio.BrokenResourceError as exc:
-                # Not as it is: the library would swallow it and wait on.
-                raise HandshakeFailed(f"the line was lost during the upgrade request: {exc}") from None
-            if not data:
-                raise HandshakeFailed("the peer closed during the upgrade request")
-            buffer += data
-        head = bytes(buffer[: end + 4])
-        if len(head) > MAX_HEAD:
-            raise HandshakeFailed(f"the request's head is longer than {MAX_HEAD} bytes")
-        if not head.isascii() or _CONTROL.search(head):
-            raise HandshakeFailed("the request's head must be printable ASCII")
-        if not head.startswith(b"GET "):
-            raise HandshakeFailed("expected a GET request with Upgrade: websocket")
-        if head.count(b"\n") != head.count(b"\r\n"):
-            # The library's parser would take them, and see another Host than we do.
-            raise HandshakeFailed("the request's lines must end with CR LF")
-        del buffer[: end + 4]
-        found = _HOST.search(head)
-        self.host = found[1].decode("ascii") if found else None
-        return head
-
-    def _parse(self) -> bytes:
-        """Move whole text messages to the inbox; return the first thing the library has to see, if any."""
-        ws = self._ws
-        buffer = self._buffer
-        at = len(buffer) if self._garbage else 0
-        try:
-            while not ws._held and (head := parse_head(buffer, at)) is not None:
-                if not head.control and not self._wanted(head):
-                    self._skip = max(0, head.end - len(buffer))
-                    at = min(head.end, len(buffer))
-                    continue
-                if head.end > len(buffer):
-                    break
-                frame_at, at = at, head.end
-                if head.opcode == TEXT and head.final:
-                    message = unmask(buffer[head.start : head.end], buffer[head.start - 4 : head.start])
-                    if not message.isascii():
-                        message.decode()
-                    ws._put(message)
-                    continue
-                if not head.control:
-                    self._count_fragment(head)
-                elif head.opcode == CLOSE:
-                    payload = unmask(buffer[head.start : head.end], buffer[head.start - 4 : head.start])
-                    ws._peer_closes(*check_close(payload))
-                    return b""
-                elif ws.phase is not Phase.OPEN or ws._over:
-                    continue  # the library would raise on a ping after our close
-                return bytes(buffer[frame_at:at])
-        except FrameViolation as exc:
-            self._fail(exc.code, exc.reason)
-        except UnicodeDecodeError:
-            self._fail(1007, "text must be UTF-8")
-        finally:
-            del buffer[: len(buffer) if self._garbage else at]
-        return b""
-
-    def _fail(self, code: int, reason: str) -> None:
-        """Where the next frame starts is not known any more, so the peer's close reply could not be told from noise."""
-        self._garbage = True
-        self._ws._refuse(code, reason)
-        self._ws._end_reading()
-
-    def _count_fragment(self, head: Head) -> None:
-        size = head.end - head.start
-        self._in_fragments = not head.final
-        self._collect = head.final
-        self._fragments = 0 if head.final else self._fragments + size
-        self._empty = 0 if head.final else self._empty + (not size)
-        if self._empty > MAX_EMPTY_FRAGMENTS:
+    def add(self, payload: bytes, final: bool) -> None:
+        """Raises `UnicodeDecodeError` at the first piece that cannot become UTF-8."""
+        self._decoder.decode(payload, final)
+        if payload:
+            self.parts.append(payload)
+            self.size += len(payload)
+            return
+        self.empty += 1
+        if self.empty > MAX_EMPTY_FRAGMENTS:
             raise FrameViolation(1008, "protocol_violation")
-
-    def _wanted(self, head: Head) -> bool:
-        """The rules for a data frame, checked at its header: no byte beyond the limit is waited for."""
-        ws = self._ws
-        if ws.phase is not Phase.OPEN or ws._over:
-            return ws._takes_late and head.opcode == TEXT and head.final and head.end - head.start <= READ_BYTES
-        if self._in_fragments != (head.opcode == CONTINUATION):
-            raise FrameViolation(1002, "a continuation must follow its own message")
-        if head.opcode == BINARY:
-            ws._refuse(1003, "binary not supported")
-            return False
-        if self._fragments + head.end - head.start > ws.max_message_bytes:
-            ws._refuse(1009, "payload_too_large")
-            return False
-        return True
-
-    # outwards: called by the library, whole frames only
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        # Enters the FIFO and returns: a pong must not stop the library from reading when the peer does not read.
-        if not self._ws._close_sent:
-            self._ws._enqueue(bytes(data))
-        await trio.lowlevel.checkpoint()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def send_eof(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def aclose(self) -> None:
-        # The library has given up on the peer; its owner flushes and closes the stream (`ServerWebSocket._finish`).
-        self._ws._library_done()
-        await trio.lowlevel.checkpoint()
 
 
 class ServerWebSocket:
@@ -258,7 +103,7 @@ class ServerWebSocket:
 
     Attributes:
         phase: where in its life it is.
-        hold: whether nothing behind the next message is looked at until `release`; set it before the message can come.
+        hold: whether messages are taken one by one, and nothing behind is looked at; until `release`.
         blocked: whether something waits in the FIFO; then the kernel takes no more for now.
         blocked_since: when that began (trio time); meaningful while `blocked`.
         progress_at: when the kernel last took something (trio time).
@@ -269,34 +114,63 @@ class ServerWebSocket:
             closed because it does not read may still have something to say.
     """
 
+    # There is one for each of thousands of idle clients: slots save 1.3 KB.
+    __slots__ = (
+        "_accepted",
+        "_buffer",
+        "_by_us",
+        "_fifo",
+        "_flushed",
+        "_fragments",
+        "_garbage",
+        "_max_queued_frames",
+        "_messages",
+        "_nursery",
+        "_over",
+        "_peer_closed",
+        "_pumping",
+        "_read_over",
+        "_reading",
+        "_skip",
+        "_stream",
+        "_takes_late",
+        "_upgrade",
+        "blocked",
+        "blocked_since",
+        "close_code",
+        "close_reason",
+        "connected_at",
+        "hold",
+        "max_message_bytes",
+        "on_late",
+        "on_unblocked",
+        "phase",
+        "progress_at",
+    )
+
     def __init__(
         self, stream: ByteStream, nursery: trio.Nursery, *, max_message_bytes: int, max_queued_frames: int
     ) -> None:
         self._stream = stream
         self._nursery = nursery
-        self._wire = _Wire(self, stream)
-        self._library: trio_websocket.WebSocketConnection | None = None
-        self._request: trio_websocket.WebSocketRequest | None = None
-        self._fifo: deque[bytes | memoryview] = deque()
+        self._upgrade: Upgrade | None = Upgrade(stream, self._enqueue)
+        self._accepted = False
+        self._buffer = bytearray()
+        self._messages: list[bytes] = []
+        self._fragments: _Fragments | None = None
+        self._skip = 0  # bytes still to come of a frame that nobody wants
+        self._garbage = False  # the peer broke the framing: where a frame starts is not known any more
+        self._reading: trio.CancelScope | None = None
+        self._read_over = False  # nothing that comes now is of interest to anyone
+        self._fifo: deque[bytes | memoryview] | None = None
         self._max_queued_frames = max_queued_frames
         self._pumping = False
-        self._inbox: list[bytes] = []
-        self._inbox_bytes = 0
-        self._held = False
-        self.hold = False
-        self._arrived = trio.lowlevel.ParkingLot()
-        self._taken = trio.lowlevel.ParkingLot()
-        self._opened = trio.lowlevel.ParkingLot()
-        self._ended = trio.lowlevel.ParkingLot()
         self._flushed = trio.lowlevel.ParkingLot()
-        self._handshake_scope = trio.CancelScope()
-        self._library_ended = False
-        self._wrote = False
         self._by_us = False
-        self._close_sent = False
         self._peer_closed = False
-        self._over = False  # no message follows those in the inbox
+        self._over = False  # no message follows those that are split already
         self._takes_late = False
+        self.hold = False
         self.max_message_bytes = max_message_bytes
         self.phase = Phase.HANDSHAKE
         self.blocked = False
@@ -305,10 +179,10 @@ class ServerWebSocket:
         self.close_code: int | None = None
         self.close_reason = ""
         self.connected_at = trio.current_time()
-        self.on_unblocked: Callable[[], None] = lambda: None
-        self.on_late: Callable[[bytes], None] = lambda message: None
+        self.on_unblocked: Callable[[], None] = _nothing
+        self.on_late: Callable[[bytes], None] = _ignore
 
-    # the upgrade request
+    # the upgrade request; it can be asked about until `release`
 
     @property
     def peer(self) -> str:
@@ -323,122 +197,169 @@ class ServerWebSocket:
     @property
     def path(self) -> str:
         """The requested path without its query."""
-        assert self._request is not None
         return self._request.path.partition("?")[0]
 
     @property
     def query(self) -> str:
         """The query of the request, without the question mark."""
-        assert self._request is not None
         return self._request.path.partition("?")[2]
 
     @property
     def subprotocols(self) -> tuple[str, ...]:
         """What the client offers in ``Sec-WebSocket-Protocol``."""
-        assert self._request is not None
         return self._request.proposed_subprotocols
 
     @property
     def host(self) -> str | None:
         """The ``Host`` header."""
-        return self._wire.host
+        assert self._upgrade is not None
+        return self._upgrade.host
 
     def header(self, name: bytes) -> str | None:
         """A header of the request by its lower-case name."""
-        assert self._request is not None
         for key, value in self._request.headers:
             if key == name:
                 return value.decode("ascii")
         return None
 
-    async def _handshake(self) -> None:
-        """Read the upgrade request. Raises `HandshakeFailed`."""
-        # When the library refuses a request it closes the stream but does not say so to `wrap_server_stream`, which
-        # would wait for ever: `_library_done` cancels this scope.
-        with self._handshake_scope:
-            self._request = await trio_websocket.wrap_server_stream(
-                self._nursery,
-                self._wire,
-                message_queue_size=1,
-                max_message_size=2**63,  # bytes are counted here, from the header
-                receive_buffer_size=None,
-            )
-        if self._request is None:
-            raise HandshakeFailed("expected a WebSocket upgrade request (RFC 6455 section 4.2.1)")
+    @property
+    def _request(self) -> trio_websocket.WebSocketRequest:
+        assert self._upgrade is not None
+        assert self._upgrade.request is not None
+        return self._upgrade.request
 
     async def accept(self, subprotocol: str | None = None) -> None:
         """Answer 101 and open the connection. `subprotocol` must be one that was offered."""
-        assert self._request is not None
-        self._library = await self._request.accept(subprotocol=subprotocol)
-        # Only now: what came right behind the request must not be read before there is somewhere to put it.
+        assert self._upgrade is not None
+        await self._upgrade.accept(subprotocol)
+        self._buffer = self._upgrade.rest
+        self._accepted = True
         if self.phase is Phase.HANDSHAKE:
             self.phase = Phase.OPEN
-        self._opened.unpark_all()
 
     async def reject(self, status: int, body: bytes) -> None:
         """Answer with an HTTP error instead; the block of `open_server_websocket` should then be left."""
-        assert self._request is not None
-        headers = [(b"Content-Type", b"text/plain; charset=utf-8"), (b"Connection", b"close")]
+        assert self._upgrade is not None
+        self._read_over = True
         self.phase = Phase.CLOSING
-        await self._request.reject(status, extra_headers=headers, body=body)
-        self._library_done()
+        await self._upgrade.reject(status, body)
 
     # reading
 
     async def get_many(self) -> list[bytes]:
-        """Wait for text messages and take all there are, in order. Cancelling is safe.
+        """Wait for text messages and take those that have come, in order. Cancelling is safe.
 
         Raises:
             ConnectionLost: the peer closed, the line is gone, or `close_nowait` was called. Messages that came before
                 the peer's close are returned first.
         """
-        while not self._inbox:
+        while True:
+            if self.phase is Phase.OPEN and not self._over:
+                self._split()
+            if self._by_us and self.phase is Phase.CLOSING:
+                break
+            if self._messages:
+                batch, self._messages = self._messages, []
+                return batch
             if self.phase is not Phase.OPEN or self._over:
-                raise ConnectionLost(self.close_code or 1006, self.close_reason)
-            await self._arrived.park()
-        if self._by_us and self.phase is Phase.CLOSING:
-            raise ConnectionLost(self.close_code or 1006, self.close_reason)
-        batch, self._inbox, self._inbox_bytes = self._inbox, [], 0
-        self._taken.unpark_all()
-        return batch
+                break
+            await self._receive()
+        raise ConnectionLost(self.close_code or 1006, self.close_reason)
 
     def release(self, max_message_bytes: int) -> None:
-        """End a `hold`: what follows is read, with this limit."""
+        """End a `hold`: what follows is read, with this limit. The upgrade request is forgotten."""
         self.max_message_bytes = max_message_bytes
-        self.hold = self._held = False
-        self._taken.unpark_all()
+        self.hold = False
+        self._upgrade = None
 
-    def _put(self, message: bytes) -> None:
-        if self.phase is not Phase.OPEN:
-            self.on_late(message)
-            return
-        self._inbox.append(message)
-        self._inbox_bytes += len(message)
-        self._held = self.hold
-        self._arrived.unpark_all()
+    async def _receive(self) -> None:
+        """Wait for bytes, or for the end of the connection."""
+        data: bytes | bytearray | None = None
+        with trio.CancelScope() as self._reading:
+            try:
+                data = await self._stream.receive_some(READ_BYTES)
+            except trio.BrokenResourceError:
+                data = b""
+        self._reading = None
+        if data:
+            if self._skip:
+                skipped = min(self._skip, len(data))
+                self._skip -= skipped
+                data = data[skipped:]
+            self._buffer += data
+        elif data is not None:
+            self._lost()
 
-    async def _wait_inbox_room(self) -> bool:
-        """Wait until the handler has room; says whether that took any waiting."""
-        waited = False
-        while self.phase is Phase.OPEN and (
-            self._held or len(self._inbox) >= INBOX_MESSAGES or self._inbox_bytes >= INBOX_BYTES
-        ):
-            waited = True
-            await self._taken.park()
-        return waited
-
-    async def _collect_message(self) -> None:
-        """Take the message that the library has put together of fragments."""
-        if self.phase is not Phase.OPEN or self._over:
-            return
-        assert self._library is not None
+    def _split(self) -> None:
+        """Take whole frames out of the buffer, up to a batch of messages or the end of the connection."""
+        buffer = self._buffer
+        at = taken = count = 0
         try:
-            message = await self._library.get_message()
-        except trio_websocket.ConnectionClosed:
-            # Fragments that are not UTF-8: the library has failed the connection on its own.
-            self._refuse(1007, "text must be UTF-8")
-            return
-        self._put(message.encode() if isinstance(message, str) else message)
+            while not self._read_over and count < BATCH_MESSAGES and taken < BATCH_BYTES:
+                head = parse_head(buffer, at)
+                if head is None:
+                    break
+                if not head.control and not self._wanted(head):
+                    self._skip = max(0, head.end - len(buffer))
+                    at = min(head.end, len(buffer))
+                    continue
+                if head.end > len(buffer):
+                    break
+                at = head.end
+                payload = unmask(buffer[head.start : at], buffer[head.start - 4 : head.start])
+                if head.control:
+                    self._take_control(head.opcode, payload)
+                    continue
+                if head.opcode == TEXT and head.final:
+                    if not payload.isascii():
+                        payload.decode()
+                else:
+                    fragments = self._fragments = self._fragments or _Fragments()
+                    fragments.add(payload, head.final)
+                    if not head.final:
+                        continue
+                    self._fragments = None
+                    payload = b"".join(fragments.parts)
+                count += 1
+                taken += len(payload)
+                if self.phase is not Phase.OPEN:
+                    self.on_late(payload)
+                    continue
+                self._messages.append(payload)
+                if self.hold:
+                    break
+        except FrameViolation as exc:
+            self._fail(exc.code, exc.reason)
+        except UnicodeDecodeError:
+            self._fail(1007, "text must be UTF-8")
+        del buffer[: len(buffer) if self._garbage else at]
+
+    def _take_control(self, opcode: int, payload: bytes) -> None:
+        if opcode == CLOSE:
+            self._peer_closes(*check_close(payload))
+        elif opcode == PING and self.phase is Phase.OPEN and not self._over:
+            self._enqueue(bytes((0x8A, len(payload))) + payload)
+
+    def _fail(self, code: int, reason: str) -> None:
+        """Where the next frame starts is not known any more, so the peer's close reply could not be told from noise."""
+        self._garbage = True
+        self._refuse(code, reason)
+        self._end_reading()
+
+    def _wanted(self, head: Head) -> bool:
+        """The rules for a data frame, checked at its header: no byte beyond the limit is waited for."""
+        if self.phase is not Phase.OPEN or self._over:
+            return self._takes_late and head.opcode == TEXT and head.final and head.end - head.start <= READ_BYTES
+        fragments = self._fragments
+        if (fragments is not None) != (head.opcode == CONTINUATION):
+            raise FrameViolation(1002, "a continuation must follow its own message")
+        if head.opcode == BINARY:
+            self._refuse(1003, "binary not supported")
+            return False
+        if (fragments.size if fragments else 0) + head.end - head.start > self.max_message_bytes:
+            self._refuse(1009, "payload_too_large")
+            return False
+        return True
 
     # writing
 
@@ -464,30 +385,30 @@ class ServerWebSocket:
         """Write now if nothing waits, else queue. Entries are whole frames."""
         if self.phase is Phase.CLOSED or not data:
             return
-        if not self._fifo:
+        fifo = self._fifo
+        if not fifo:
             try:
                 sent = self._stream.send_nowait(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 self._lost()
                 return
-            if sent:
-                self._wrote = True
             if sent == len(data):
                 return
             self.blocked = True
             self.blocked_since = self.progress_at = trio.current_time()
-            self._fifo.append(memoryview(data)[sent:])
+            if fifo is None:
+                fifo = self._fifo = deque()
+            fifo.append(memoryview(data)[sent:])
             if not self._pumping:
                 self._pumping = True
                 # Owned by the connection's nursery; ends when the FIFO is empty or the line is lost.
-                self._nursery.start_soon(self._pump)
+                self._nursery.start_soon(self._pump, fifo)
             return
-        self._fifo.append(data)
-        if len(self._fifo) > self._max_queued_frames and self.phase is Phase.OPEN:
+        fifo.append(data)
+        if len(fifo) > self._max_queued_frames and self.phase is Phase.OPEN:
             self.close_nowait(1013, "overloaded")
 
-    async def _pump(self) -> None:
-        fifo = self._fifo
+    async def _pump(self, fifo: deque[bytes | memoryview]) -> None:
         try:
             while fifo:
                 entry = fifo[0]
@@ -518,15 +439,15 @@ class ServerWebSocket:
             self.close_code, self.close_reason = code, reason
             self._takes_late = code == 1013
             if not self._takes_late:
-                self._inbox.clear()
-            self._wake()
+                self._messages.clear()
+            self._stop_waiting()
 
     def _refuse(self, code: int, reason: str) -> None:
         """The peer broke a rule: the connection ends with this code, behind what came before."""
         if self.phase is Phase.OPEN and not self._over:
             self._over = self._by_us = True
             self.close_code, self.close_reason = code, reason
-            self._wake()
+            self._stop_waiting()
 
     def _peer_closes(self, code: int, reason: str) -> None:
         self._peer_closed = True
@@ -536,9 +457,13 @@ class ServerWebSocket:
         self._end_reading()
 
     def _end_reading(self) -> None:
-        """Nothing that comes now is of interest to anyone."""
-        self._library_ended = True
-        self._wake()
+        self._read_over = True
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        """Whoever waits for bytes looks again whether there is a reason to."""
+        if self._reading is not None:
+            self._reading.cancel()
 
     def _lost(self) -> None:
         """The line is gone."""
@@ -546,25 +471,10 @@ class ServerWebSocket:
             self.phase = Phase.CLOSED
             if self.close_code is None:
                 self.close_code = 1006
-            self._fifo.clear()
+            if self._fifo:
+                self._fifo.clear()
             self._flushed.unpark_all()
             self._end_reading()
-
-    def _library_done(self) -> None:
-        """The library has closed "its" stream: refused the request, or given up on the peer."""
-        if self.phase is Phase.HANDSHAKE:
-            self._handshake_scope.cancel()
-        elif self.phase is Phase.OPEN:
-            # Fragments that are not UTF-8: it gave up without a close frame, which `_finish` will send.
-            self._refuse(1007, "text must be UTF-8")
-        self._end_reading()
-
-    def _wake(self) -> None:
-        self._held = False
-        self._arrived.unpark_all()
-        self._taken.unpark_all()
-        self._opened.unpark_all()
-        self._ended.unpark_all()
 
     async def _finish(self, timeout: float) -> None:
         """Send our close if it is our turn, wait for the peer's, and see the bytes out; at most `timeout` seconds."""
@@ -573,14 +483,15 @@ class ServerWebSocket:
                 self.phase = Phase.CLOSING
             elif self.phase is Phase.OPEN:
                 self.close_nowait(1000, "")
-            if self._library is not None and self.phase is not Phase.CLOSED:
-                self._close_sent = True
+            if self._accepted and self.phase is not Phase.CLOSED:
                 self._enqueue(_close_frame(self.close_code or 1000, self.close_reason))
-                late, self._inbox = self._inbox, []
+                late, self._messages = self._messages, []
                 for message in late if self._takes_late else ():
                     self.on_late(message)
-                while not self._library_ended:
-                    await self._ended.park()
+                self._split()
+                while not self._read_over:
+                    await self._receive()
+                    self._split()
             while self._pumping and self._fifo:
                 await self._flushed.park()
             if self.phase is not Phase.CLOSED and not self._peer_closed:
@@ -598,7 +509,12 @@ def _close_frame(code: int, reason: str) -> bytes:
     return bytes((0x88, len(payload))) + payload
 
 
-_ANSWER = b"HTTP/1.1 %b\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+def _nothing() -> None:
+    pass
+
+
+def _ignore(message: bytes) -> None:
+    pass
 
 
 @asynccontextmanager
@@ -620,45 +536,31 @@ async def open_server_websocket(
         HandshakeFailed: no usable upgrade request came within `handshake_timeout` seconds.
     """
     ws: ServerWebSocket | None = None
+    upgrade: Upgrade | None = None
     try:
         async with trio.open_nursery() as nursery:
             ws = ServerWebSocket(
                 stream, nursery, max_message_bytes=max_message_bytes, max_queued_frames=max_queued_frames
             )
+            upgrade = ws._upgrade
+            assert upgrade is not None
             with trio.move_on_after(handshake_timeout):
-                await ws._handshake()
-            if ws._request is None:
-                raise _NoRequest("no upgrade request within the time limit")
+                await upgrade.read(nursery)
+            if upgrade.request is None:
+                raise NoRequest("no upgrade request within the time limit")
             yield ws
             await ws._finish(close_timeout)
             nursery.cancel_scope.cancel()
     except ExceptionGroup as group:
-        # Before the request is there, whatever went wrong is the request's fault: the library raises on some heads.
-        if ws is None or ws._request is not None:
+        if upgrade is None or upgrade.request is not None:
             raise
-        failed = next((exc for exc in _leaves(group) if isinstance(exc, HandshakeFailed)), None)
-        failed = failed or HandshakeFailed("malformed request")
-        if not ws._wrote:
-            _answer_in_http(stream, failed)
+        failed = failure_in(group)
+        if not upgrade.answered:
+            answer_in_http(stream, failed)
         await end_gently(stream, min(LINGER, close_timeout))
         raise failed from None
     finally:
         if ws is not None:
             # A circle with whoever was called: without it both leave memory now, and not when the collector comes by.
-            ws.on_unblocked, ws.on_late = lambda: None, lambda message: None
+            ws.on_unblocked, ws.on_late = _nothing, _ignore
         await stream.aclose()
-
-
-def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
-    for exc in group.exceptions:
-        if isinstance(exc, ExceptionGroup):
-            yield from _leaves(exc)
-        else:
-            yield exc
-
-
-def _answer_in_http(stream: ByteStream, failed: HandshakeFailed) -> None:
-    """Say it in HTTP, as far as one non-blocking write goes."""
-    body = f"{failed}\n".encode()
-    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        stream.send_nowait(_ANSWER % (failed.status, len(body), body))

@@ -11,11 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import trio
-from wsproto import ConnectionType, WSConnection
-from wsproto.events import AcceptConnection, CloseConnection, TextMessage
-from wsproto.utilities import RemoteProtocolError
 
-from gateway.errors import FrameError, HandshakeRefused
+from gateway.errors import ConnectionLost, FrameError, HandshakeRefused
 from gateway.protocol import codec, handshake
 from gateway.protocol import messages as m
 from gateway.protocol.praison import Praison
@@ -107,35 +104,8 @@ class _Chunks:
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         return self._chunks.pop(0) if self._chunks else b""
 
-
-class _Library:
-    """What the general library does with the bytes it is given, without its tasks."""
-
-    def __init__(self) -> None:
-        self._ws = WSConnection(ConnectionType.SERVER)
-        self._ws.receive_data(
-            b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
-        list(self._ws.events())
-        self._ws.send(AcceptConnection())
-        self._text = ""
-        self._done: list[str] = []
-
-    def feed(self, data: bytes) -> None:
-        self._ws.receive_data(data)
-        for event in self._ws.events():
-            if isinstance(event, CloseConnection):
-                assert event.code == 1007, "all but bad UTF-8 in fragments is found by the splitter"
-                raise RemoteProtocolError("as the library does, it gives up")
-            if isinstance(event, TextMessage):
-                self._text += event.data
-                if event.message_finished:
-                    self._done.append(self._text)
-                    self._text = ""
-
-    async def get_message(self) -> str:
-        return self._done.pop(0)
+    def send_nowait(self, data: bytes) -> int:
+        return len(data)
 
 
 def _finish(coroutine: Any) -> Any:
@@ -154,20 +124,16 @@ def split(data: bytes) -> tuple[list[bytes], int | None, bool]:
     """
     size = (data[0] if data else 0) or MAX_INPUT
     rest = data[1:MAX_INPUT]
-    library = _Library()
     ours, _ = memory_pair()
     ws = ServerWebSocket(ours, _NO_TASKS, max_message_bytes=2 * MAX_INPUT, max_queued_frames=8)
-    ws._library = library  # type: ignore[assignment]
+    ws._stream = _Chunks([rest[at : at + size] for at in range(0, len(rest), size)])  # type: ignore[assignment]
     ws.phase = Phase.OPEN
-    wire = ws._wire
-    wire._stream = _Chunks([rest[at : at + size] for at in range(0, len(rest), size)])  # type: ignore[assignment]
-    wire._head_seen = True
+    messages: list[bytes] = []
     try:
-        while given := _finish(wire.receive_some()):
-            library.feed(given)
-    except RemoteProtocolError:
-        ws._library_done()
-    return ws._inbox, ws.close_code, ws.closed_by_us
+        while True:
+            messages += _finish(ws.get_many())
+    except ConnectionLost:
+        return messages, ws.close_code, ws.closed_by_us
 
 
 def splitter(data: bytes) -> None:

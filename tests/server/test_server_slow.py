@@ -380,7 +380,7 @@ async def test_what_is_read_ahead_of_a_busy_handler_is_bounded() -> None:
         async def look() -> None:
             nonlocal ahead
             while True:
-                ahead = max(ahead, sum(map(len, connection._ws._inbox)))
+                ahead = max(ahead, sum(map(len, connection._ws._messages)))
                 await trio.lowlevel.checkpoint()
 
         async def send() -> None:

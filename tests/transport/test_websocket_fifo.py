@@ -213,27 +213,6 @@ async def test_a_line_found_lost_while_frames_wait(autojump_clock: Clock, nurser
     assert trio.current_time() == began, "a lost connection waits for nothing"
 
 
-async def test_a_line_found_lost_while_frames_wait_and_the_handler_is_busy(
-    autojump_clock: Clock, nursery: trio.Nursery
-) -> None:
-    near, far = memory_pair(capacity=10)
-    peer = Peer(near)
-    nursery.start_soon(peer.send, REQUEST)
-    nursery.start_soon(peer.http)
-    async with open_server_websocket(far, max_message_bytes=1000) as ws:
-        await ws.accept()
-        await trio.testing.wait_all_tasks_blocked()
-        ws.send_nowait([b"x" * 200])
-        await trio.testing.wait_all_tasks_blocked()
-        await near.send_eof()
-        await trio.testing.wait_all_tasks_blocked()
-        assert ws.phase is Phase.CLOSED
-        while len(peer.buffer) < 10:
-            await peer.more()
-        await trio.testing.wait_all_tasks_blocked()  # the line has room again, and the pump has nothing
-        assert not ws.blocked
-
-
 @pytest.mark.parametrize("how", ["cut", "truncated"])
 @pytest.mark.parametrize("waiting", [False, True])
 async def test_a_line_that_breaks(autojump_clock: Clock, nursery: trio.Nursery, how: str, waiting: bool) -> None:
@@ -302,8 +281,7 @@ async def test_read_ahead_is_bounded_and_lifted_when_closing(autojump_clock: Clo
 
         nursery.start_soon(flood)
         await trio.sleep(1)
-        assert ws._inbox_bytes <= (1 << 20) + 200_000
-        assert handed < 20, "nobody takes it, so it must not be read"
+        assert handed < 3, "nobody takes it, so it must not be read"
         ws.close_nowait(4000, "enough")
         nursery.start_soon(peer.until_end)
         began = trio.current_time()
