@@ -130,7 +130,7 @@ def test_the_failures_are_all_named() -> None:
 
 
 def test_the_strategies_are_all_named() -> None:
-    page = (ROOT / "docs/reference/testing.md").read_text()
+    page = (ROOT / "docs/reference/testing.md").read_text().partition("## A running gateway")[0]
     named = {name for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)", cell)}
     assert named == set(strategies.__all__)
 
