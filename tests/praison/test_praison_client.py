@@ -297,6 +297,7 @@ async def test_questions_stops_and_failures(python: Path, tmp_path: Path) -> Non
             assert (await client.event("aborted"))["turn_aborted"] is True
             first = await client.event("response", status="final", outcome={"status": "aborted"})
             assert client.tokens().startswith(first["content"])
+            await client.event("typing", request_ids=["r2"])
             await client.send("message_abort", scope="session")
             assert (await client.event("aborted", pending_cancelled=1))["scope"] == "session"
             assert (await client.event("message_nack"))["request_id"] == "r3"
