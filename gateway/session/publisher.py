@@ -27,7 +27,6 @@ keep them. `failing` says so to whoever would hand in another one. Any other err
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from math import inf
@@ -105,13 +104,17 @@ class _Sealed:
 
     def __init__(self) -> None:
         self.characters = 0
-        self._state = blake2b(digest_size=16)
+        self._state: blake2b | None = None  # most turns have one output, at their end
 
     def add(self, text: str) -> None:
         self.characters += len(text)
+        if self._state is None:
+            self._state = blake2b(digest_size=16)
         self._state.update(text.encode())
 
     def begins(self, text: str) -> bool:
+        if self._state is None:
+            return True
         head = text[: self.characters]
         return len(head) == self.characters and blake2b(head.encode(), digest_size=16).digest() == self._state.digest()
 
@@ -181,7 +184,7 @@ class Publisher:
         self.visited_at = -inf
         self._next = next_seq
         self._reserved = reserved
-        self._intake: deque[_Item] = deque()
+        self._intake: list[_Item] = []
         # Capacity: `max_outbox`. More would only delay the moment at which a fast agent is told to wait.
         self.outbox, self._outgoing = trio.open_memory_channel[Event](limits.max_outbox)
         self._turn_id: str | None = None
@@ -311,8 +314,8 @@ class Publisher:
             self._number(event, now, batch)
         if delta is not None:
             self._number_text(delta, parts, now, batch)
-        while self._intake:
-            item = self._intake.popleft()
+        intake, self._intake = self._intake, []
+        for item in intake:
             if isinstance(item.what, Finish):
                 self._finish(item, item.what, now, batch)
             else:

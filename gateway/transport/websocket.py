@@ -228,6 +228,14 @@ class ServerWebSocket:
         assert self._upgrade.request is not None
         return self._upgrade.request
 
+    async def _read_request(self) -> None:
+        assert self._upgrade is not None
+        await self._upgrade.read(self._nursery)
+
+    @property
+    def _answered(self) -> bool:
+        return self._upgrade is None or self._upgrade.answered
+
     async def accept(self, subprotocol: str | None = None) -> None:
         """Answer 101 and open the connection. `subprotocol` must be one that was offered."""
         assert self._upgrade is not None
@@ -536,26 +544,25 @@ async def open_server_websocket(
         HandshakeFailed: no usable upgrade request came within `handshake_timeout` seconds.
     """
     ws: ServerWebSocket | None = None
-    upgrade: Upgrade | None = None
+    requested = False
     try:
         async with trio.open_nursery() as nursery:
             ws = ServerWebSocket(
                 stream, nursery, max_message_bytes=max_message_bytes, max_queued_frames=max_queued_frames
             )
-            upgrade = ws._upgrade
-            assert upgrade is not None
             with trio.move_on_after(handshake_timeout):
-                await upgrade.read(nursery)
-            if upgrade.request is None:
+                await ws._read_request()
+                requested = True
+            if not requested:
                 raise NoRequest("no upgrade request within the time limit")
             yield ws
             await ws._finish(close_timeout)
             nursery.cancel_scope.cancel()
     except ExceptionGroup as group:
-        if upgrade is None or upgrade.request is not None:
+        if requested or ws is None:
             raise
         failed = failure_in(group)
-        if not upgrade.answered:
+        if not ws._answered:
             answer_in_http(stream, failed)
         await end_gently(stream, min(LINGER, close_timeout))
         raise failed from None
