@@ -137,11 +137,12 @@ class Connection:
         self._gateway.opened(self)
         try:
             await self._join()
-            while True:
-                batch = await ws.get_many()
-                self.heard_at = trio.current_time()
-                for raw in batch:
-                    await self._handle(raw)
+            with ws.reading():
+                while True:
+                    batch = await ws.get_many()
+                    self.heard_at = trio.current_time()
+                    for raw in batch:
+                        await self._handle(raw)
         except ConnectionLost:
             if ws.phase is Phase.OPEN:  # the peer ended it, and still gets the replies to what it sent before
                 self._write_control()

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -135,6 +135,7 @@ class ServerWebSocket:
         "_stream",
         "_takes_late",
         "_upgrade",
+        "_waiting",
         "blocked",
         "blocked_since",
         "close_code",
@@ -161,6 +162,7 @@ class ServerWebSocket:
         self._skip = 0  # bytes still to come of a frame that nobody wants
         self._garbage = False  # the peer broke the framing: where a frame starts is not known any more
         self._reading: trio.CancelScope | None = None
+        self._waiting = False
         self._read_over = False  # nothing that comes now is of interest to anyone
         self._fifo: deque[bytes | memoryview] | None = None
         self._max_queued_frames = max_queued_frames
@@ -280,22 +282,36 @@ class ServerWebSocket:
         self.hold = False
         self._upgrade = None
 
-    async def _receive(self) -> None:
-        """Wait for bytes, or for the end of the connection."""
-        data: bytes | bytearray | None = None
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around many calls of `get_many`: one that waits when the connection is closed leaves this block, instead of
+        raising. It spares a cancel scope for each wait (3 µs)."""
         with trio.CancelScope() as self._reading:
             try:
-                data = await self._stream.receive_some(READ_BYTES)
-            except trio.BrokenResourceError:
-                data = b""
-        self._reading = None
+                yield
+            finally:
+                self._reading = None
+
+    async def _receive(self) -> None:
+        """Wait for bytes, or for the end of the connection."""
+        if self._reading is None:
+            with self.reading():
+                await self._receive()
+            return
+        self._waiting = True
+        try:
+            data = await self._stream.receive_some(READ_BYTES)
+        except trio.BrokenResourceError:
+            data = b""
+        finally:
+            self._waiting = False
         if data:
             if self._skip:
                 skipped = min(self._skip, len(data))
                 self._skip -= skipped
                 data = data[skipped:]
             self._buffer += data
-        elif data is not None:
+        else:
             self._lost()
 
     def _split(self) -> None:
@@ -470,7 +486,7 @@ class ServerWebSocket:
 
     def _stop_waiting(self) -> None:
         """Whoever waits for bytes looks again whether there is a reason to."""
-        if self._reading is not None:
+        if self._waiting and self._reading is not None:
             self._reading.cancel()
 
     def _lost(self) -> None:
