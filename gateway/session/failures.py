@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -10,10 +11,14 @@ import structlog
 
 from gateway.config import Limits
 from gateway.errors import TurnFailed
-from gateway.protocol.messages import ErrorInfo, TurnOutcome
+from gateway.protocol.messages import Error, ErrorInfo, TurnOutcome
 
 MAX_CODE, MAX_MESSAGE = 64, 4096
 """Characters of what a `TurnFailed` may say to the client: a word, and a paragraph. The rest is cut off."""
+
+AGENT_ERRORS = (Exception, SystemExit, asyncio.CancelledError)
+"""What an agent may end with, and the gateway go on: also what a thread of it that ran asyncio, or a command-line
+parser, may raise. `trio.Cancelled` and `KeyboardInterrupt` are for others."""
 
 _log = structlog.get_logger(__name__)
 
@@ -82,3 +87,18 @@ def _describe(exc: BaseException) -> str:
 def _clean(text: object, most: int) -> str:
     """Text that every encoder takes: an agent may put anything into its errors."""
     return (text if isinstance(text, str) else type(text).__name__)[:most].encode(errors="replace").decode()
+
+
+def refusal(
+    request_id: str, code: str, why: str, retry_after_ms: int | None = None, credit: int | None = None
+) -> Error:
+    """The answer to a message that was not taken."""
+    conflict = code == "request_id_conflict"
+    return Error(
+        code=code,
+        message=f"field 'request_id': {why}" if conflict else why,
+        retryable=not conflict,
+        retry_after_ms=retry_after_ms,
+        request_id=request_id,
+        credit=credit,
+    )

@@ -23,7 +23,6 @@ any more and its owner is told, who lets it be loaded again; its tasks are cance
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -57,7 +56,7 @@ from gateway.protocol.messages import (
     Withdrawn,
 )
 from gateway.protocol.view import SessionView, encode_snapshot
-from gateway.session.failures import explain, outcome_of
+from gateway.session.failures import AGENT_ERRORS, explain, outcome_of, refusal
 from gateway.session.inbox import Inbox, Place, QueuedInput
 from gateway.session.older import Older
 from gateway.session.publisher import Finish, Pacer, Publisher
@@ -83,10 +82,6 @@ MAX_ATTEMPTS = 3
 
 _NUMBERS = 512
 """Bytes that an `answered` event has beside its value."""
-
-_AGENT_ERRORS = (Exception, SystemExit, asyncio.CancelledError)
-"""What an agent may end with, and the gateway go on: also what a thread of it that ran asyncio, or a command-line
-parser, may raise. `trio.Cancelled` and `KeyboardInterrupt` are for others."""
 
 _log = structlog.get_logger(__name__)
 
@@ -418,18 +413,7 @@ class Session:
     ) -> None:
         if credit == 0:
             reader.told_no_credit = True
-        retryable = code != "request_id_conflict"
-        message = f"field 'request_id': {why}" if code == "request_id_conflict" else why
-        reader.push(
-            Error(
-                code=code,
-                message=message,
-                retryable=retryable,
-                retry_after_ms=retry_after_ms,
-                request_id=request_id,
-                credit=credit,
-            )
-        )
+        reader.push(refusal(request_id, code, why, retry_after_ms, credit))
 
     def _stored(self, queued: QueuedInput, ok: bool) -> None:
         """An input's event is visible, or could not be stored. No await here: from now on a turn may take it."""
@@ -437,13 +421,7 @@ class Session:
         repliers, queued.repliers = queued.repliers, []
         if not ok:
             self._inbox.refused(queued)
-            error = Error(
-                code="unavailable",
-                message="the message could not be stored; send it again",
-                retryable=True,
-                retry_after_ms=STORE_RETRY_MS,
-                request_id=request_id,
-            )
+            error = refusal(request_id, "unavailable", "the message could not be stored; send it again", STORE_RETRY_MS)
             for reply in repliers:
                 reply(error, 0, False)
             self._tell_credit()
@@ -675,7 +653,7 @@ class Session:
                 with turn._scope:
                     turn._take_result(await self._agent(turn))
         # `except*`: what an agent raises while the whole gateway is cancelled comes in one group with that.
-        except* _AGENT_ERRORS as group:
+        except* AGENT_ERRORS as group:
             turn._failure = self._explain(turn, group)
         finally:
             turn._finished.set()
