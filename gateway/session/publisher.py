@@ -67,6 +67,9 @@ RETRY_FIRST, RETRY_MOST = 0.05, 1.0
 ESCAPED = 6
 """JSON may need so many bytes for one character of text (``\\u0000``)."""
 
+Text = tuple[str, str, str]
+"""Turn id, channel and text of one `Turn.send`. There are so many of them that each being an event would show."""
+
 Done = Callable[[Event | None], None]
 """Called once, synchronously: with the event when it has become visible, or with None when it could not be stored."""
 
@@ -186,7 +189,7 @@ class Publisher:
         self._reserved = reserved
         self._intake: list[_Item] = []
         # Capacity: `max_outbox`. More would only delay the moment at which a fast agent is told to wait.
-        self.outbox, self._outgoing = trio.open_memory_channel[Event](limits.max_outbox)
+        self.outbox, self._outgoing = trio.open_memory_channel[Event | Text](limits.max_outbox)
         self._turn_id: str | None = None
         self._tails: dict[str, _Tail] = {}
         self._unsealed = 0
@@ -286,7 +289,7 @@ class Publisher:
         batch: list[_Numbered] = []
         now = self._sources.now_ms()
         receive = self._outgoing.receive_nowait
-        delta: Delta | None = None
+        turn_id = channel = ""
         parts: list[str] = []
         size = room = 0
         while True:
@@ -294,26 +297,25 @@ class Publisher:
                 event = receive()
             except trio.WouldBlock:
                 break
-            if type(event) is Delta:
-                text = event.text
-                if delta is not None:
-                    if size < room and event.channel == delta.channel and event.turn_id == delta.turn_id:
-                        parts.append(text)
-                        size += len(text) if text.isascii() else len(text.encode())
-                        continue
-                    self._number_text(delta, parts, now, batch)
-                delta, parts = event, [text]
-                size = len(text) if text.isascii() else len(text.encode())
-                # Not beyond the point where the channel is sealed.
-                tail = self._tails.get(event.channel)
-                room = min(MERGED_MOST, self._limits.segment_bytes - (tail.size if tail else 0))
+            if type(event) is tuple:
+                of, on, text = event
+                if parts and (size >= room or on != channel or of != turn_id):
+                    self._number_text(turn_id, channel, parts, now, batch)
+                    parts = []
+                if not parts:
+                    turn_id, channel, size = of, on, 0
+                    # Not beyond the point where the channel is sealed.
+                    tail = self._tails.get(channel)
+                    room = min(MERGED_MOST, self._limits.segment_bytes - (tail.size if tail else 0))
+                parts.append(text)
+                size += len(text) if text.isascii() else len(text.encode())
                 continue
-            if delta is not None:
-                self._number_text(delta, parts, now, batch)
-                delta = None
-            self._number(event, now, batch)
-        if delta is not None:
-            self._number_text(delta, parts, now, batch)
+            if parts:
+                self._number_text(turn_id, channel, parts, now, batch)
+                parts = []
+            self._number(event, now, batch)  # type: ignore[arg-type]
+        if parts:
+            self._number_text(turn_id, channel, parts, now, batch)
         intake, self._intake = self._intake, []
         for item in intake:
             if isinstance(item.what, Finish):
@@ -322,12 +324,11 @@ class Publisher:
                 self._number(item.what, now, batch, item)
         return batch
 
-    def _number_text(self, delta: Delta, parts: list[str], now: int, batch: list[_Numbered]) -> None:
-        """Number a run of deltas, each its own, and put it into the batch as one event."""
-        if len(parts) > 1:
-            delta.text = "".join(parts)
+    def _number_text(self, turn_id: str, channel: str, parts: list[str], now: int, batch: list[_Numbered]) -> None:
+        """Number texts, each its own, and put them into the batch as one delta."""
+        if turn_id == self._turn_id:
             self._next += len(parts) - 1
-        self._number(delta, now, batch, parts=parts)
+        self._number(Delta(turn_id=turn_id, channel=channel, text="".join(parts)), now, batch, parts=parts)
 
     def _number(
         self,

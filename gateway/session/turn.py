@@ -19,7 +19,6 @@ from gateway.protocol.messages import (
     AskKind,
     AskOutcome,
     Custom,
-    Delta,
     ErrorInfo,
     Event,
     Input,
@@ -35,6 +34,7 @@ from gateway.protocol.patch import merge_patch
 
 if TYPE_CHECKING:
     from gateway.session.inbox import QueuedInput
+    from gateway.session.publisher import Text
     from gateway.session.session import Session
 
 PIECE = 16 * 1024
@@ -180,26 +180,28 @@ class Turn:
         It is not a checkpoint every time: it only waits when the outbox is full or after some writes without a pause.
         """
         self._unyielded += 1
-        if self._unyielded >= YIELD_EVERY or self._closed or self._scope.cancel_called:
+        if self._unyielded >= YIELD_EVERY or self._closed or self._stop_reason is not None:
             await self._enter()
         if channel not in self._channels:
             self._add_channel(channel)
         if not isinstance(text, str):
             raise TypeError(f"text: expected str, not {type(text).__name__}")
         size = len(text) if text.isascii() else _utf8_size(text)
-        self._charge(size)
-        outbox, publisher = self._outbox, self._publisher
-        for piece in (text,) if size <= PIECE else [text[i : i + PIECE] for i in range(0, len(text), PIECE)]:
-            if not piece:
-                continue
-            delta = Delta(turn_id=self.turn_id, channel=channel, text=piece)
+        self._written += size
+        if self._written > self._limits.max_turn_bytes:
+            self._charge(0)
+        if size > PIECE:
+            for i in range(0, len(text), PIECE):
+                await self._put((self.turn_id, channel, text[i : i + PIECE]))
+        elif size:
             try:
-                outbox.send_nowait(delta)
-                if not publisher.dirty:
-                    publisher.mark()
+                self._outbox.send_nowait((self.turn_id, channel, text))
             except (trio.WouldBlock, trio.BrokenResourceError):
                 self._unyielded = 0
-                await self._put(delta)
+                await self._put((self.turn_id, channel, text))
+            else:
+                if not self._publisher.dirty:
+                    self._publisher.mark()
 
     async def reason(self, text: str) -> None:
         """`send` on the channel ``reasoning``."""
@@ -316,7 +318,7 @@ class Turn:
         """What every write begins with. An agent that catches all errors in a loop must not keep others from running,
         so being refused, and every so many writes, is a checkpoint; and a turn being stopped gets no further."""
         self._unyielded += 1
-        if self._unyielded >= YIELD_EVERY or self._closed or self._scope.cancel_called:
+        if self._unyielded >= YIELD_EVERY or self._closed or self._stop_reason is not None:
             self._unyielded = 0
             await trio.lowlevel.checkpoint()
         self._check_open()
@@ -358,7 +360,7 @@ class Turn:
         self._charge(size)
         await self._put(event)
 
-    async def _put(self, event: Event) -> None:
+    async def _put(self, event: Event | Text) -> None:
         try:
             await self._outbox.send(event)
             self._publisher.mark()
