@@ -503,13 +503,24 @@ class Session:
         if turn is not None and len(turn._on_ended) >= self._most_pending:
             reader.push(Error(code="rate_limited", message="the turn is being stopped already", retryable=True))
             return
-        self._stop(reader, turn, inputs)
+        self._stop(reader, turn, inputs, everything=frame.turn_id is None and frame.scope == "all")
 
-    def _stop(self, reader: Reader, turn: Turn | None, inputs: Sequence[QueuedInput]) -> None:
+    def _stop(
+        self, reader: Reader, turn: Turn | None, inputs: Sequence[QueuedInput], *, everything: bool = False
+    ) -> None:
         turn_id = None if turn is None else turn.turn_id
         withdrawn: list[str] = [queued.event.request_id for queued in inputs]
+
+        def reply() -> None:
+            if turn is None or not turn._discarded:
+                reader.push(Aborted(turn_id=turn_id, withdrawn=withdrawn))
+            elif everything:
+                reader.push(Aborted(turn_id=None, withdrawn=withdrawn))
+            else:
+                reader.push(Error(code="no_active_turn", message="the turn's input could not be stored: it never ran"))
+
         # The turn may be ending already, so either can be in the log first; the reply promises both.
-        done = after_calls(1 if turn is None else 2, lambda: reader.push(Aborted(turn_id=turn_id, withdrawn=withdrawn)))
+        done = after_calls(1 if turn is None else 2, reply)
         self._withdraw(inputs, done)
         if turn is not None:
             turn._on_ended.append(done)
@@ -616,7 +627,7 @@ class Session:
     def _discard(self, turn: Turn) -> None:
         """The store has refused the turn's input: neither ever was. Its agent has not been started."""
         self.turn = None
-        turn._closed = True
+        turn._closed = turn._discarded = True
         for reply in turn._on_ended:
             reply()
         turn._ended.set()

@@ -108,6 +108,7 @@ class Turn:
         self._unyielded = 0
         # For the engine: see `Session._run_turn`.
         self._closed = False
+        self._discarded = False
         self._scope = trio.CancelScope()
         self._limit_scope = trio.CancelScope()
         self._started = trio.Event()
