@@ -317,23 +317,22 @@ class RawClient:
         elif code == "unknown_ask" or (code == "invalid_frame" and "'value'" in frame["message"]):
             self._answered(wire, "answer")
         elif request_id is not None:
-            # Of one id with two contents, a conflict is about the one that came later.
-            newest = [item.content for item in wire.pending if item.key == request_id][-1:]
             conflict = code == "request_id_conflict"
-            item = self._answered(
-                wire, "message", request_id, lambda item: conflict and not self._conflicts(item, newest)
-            )
+            admitted = self._admitted(wire, request_id)
+            item = self._answered(wire, "message", request_id, lambda item: conflict and item.content == admitted)
             self._check_refused(request_id, item, code)
         elif code == "rate_limited":
             self._answered(wire, "abort")
         else:
             raise Violation("every_reply_has_its_request", (6,), f"{self.name} got {frame}")
 
-    def _conflicts(self, item: Pending, newest: list[str]) -> bool:
+    def _admitted(self, wire: Wire, request_id: str) -> str | None:
+        """Of an id with several contents, the one that counts: what is stored, or else came first."""
         history = self.model.live
         assert history is not None
-        stored = [e["content"] for e in history.log if e["type"] == "input" and e["request_id"] == item.key]
-        return item.content != stored[0] if stored else item.content in newest
+        stored = [e["content"] for e in history.log if e["type"] == "input" and e["request_id"] == request_id]
+        pending = [item.content for item in wire.pending if item.kind == "message" and item.key == request_id]
+        return next(iter(stored + pending), None)
 
     def _check_refused(self, request_id: str, item: Pending, code: str) -> None:
         history = self.model.live

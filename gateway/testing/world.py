@@ -205,9 +205,10 @@ class World:
 
     def was_accepted(self, session_id: str, request_id: str, seq: int) -> None:
         """The library says that a message was accepted. In which epoch it does not say, so only a match is taken."""
-        event = self.histories[session_id].by_seq.get(seq)
-        if event is not None and event.get("request_id") == request_id:
-            self.histories[session_id].told[request_id] = seq
+        history = self.histories.get(session_id)
+        event = history.by_seq.get(seq) if history is not None else None
+        if history is not None and event is not None and event.get("request_id") == request_id:
+            history.told[request_id] = seq
 
     def agent_enters(self, history: History, turn_id: str) -> None:
         """Property 1, from the inside: no other agent runs in the session, but one whose turn has ended already."""
@@ -254,6 +255,7 @@ class World:
             record.session_id,
             record.epoch,
             reserved=reserved,
+            window=self.limits.replay_max_events,
             max_turn_ms=self.limits.max_turn_ms,
             sent=shared.sent,
             modes=shared.modes,
