@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from steady import steady
 
-from gateway.errors import HandshakeRefused
+from gateway.errors import FrameError, HandshakeRefused
 from gateway.protocol import codec, handshake
 from gateway.protocol import messages as m
 from gateway.testing.strategies import any_of, json_values, of
@@ -37,6 +37,22 @@ def test_the_smallest_and_the_fullest_hello() -> None:
         client=m.ClientInfo(name="app", version="1"),
     )  # fmt: skip
     assert handshake.read_hello(codec.encode_frame(full)) == full
+
+
+@pytest.mark.parametrize("version", [1, 2, 7])
+def test_a_client_may_speak_one_version_alone(version: int) -> None:
+    fields = {"protocol_min": version, "protocol_max": version}
+    assert handshake.read_hello(json.dumps(HELLO | fields).encode()) == hello(**fields)
+
+
+@pytest.mark.parametrize(("agent_id", "since", "named"), [("", 0, "agent_id"), ("echo", -1, "since")])
+def test_what_types_do_not_say_is_an_invalid_frame(agent_id: str, since: int, named: str) -> None:
+    """For openings that a dialect reads in its own way."""
+    with pytest.raises(FrameError, match=f"field '{named}'") as caught:
+        handshake.check_hello(agent_id, since)
+    assert caught.value.code == "invalid_frame"
+    handshake.check_hello("echo", 0)
+    handshake.check_hello("echo", None)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +117,8 @@ def test_the_highest_common_version_is_chosen(low: int, width: int) -> None:
         with pytest.raises(HandshakeRefused) as caught:
             handshake.negotiate(offer)
         assert (caught.value.code, caught.value.close_code) == ("protocol_unsupported", 4406)
+        assert f"versions 1 to 2, the client {low} to {low + width}" in caught.value.message
+        assert caught.value.next_step
 
 
 @pytest.mark.parametrize(("low", "high", "chosen"), [(1, 2, 2), (1, 1, 1), (0, 9, 3), (3, 3, 3)])
@@ -111,13 +129,14 @@ def test_of_several_common_versions_the_highest(
     assert handshake.negotiate(hello(protocol_min=low, protocol_max=high)) == chosen
 
 
-def test_a_refusal_becomes_a_hello_error_with_the_versions_served() -> None:
+def test_a_refusal_becomes_a_hello_error_with_the_versions_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake, "VERSIONS", (1, 2, 3))
     error = HandshakeRefused(
         "rate_limited", "slow down", close_code=4429, next_step="Wait.", retryable=True, retry_after_ms=5
     )
     assert handshake.hello_error(error) == m.HelloError(
         code="rate_limited", message="slow down", retryable=True, retry_after_ms=5, next_step="Wait.",
-        server_min_version=min(handshake.VERSIONS), server_max_version=max(handshake.VERSIONS),
+        server_min_version=1, server_max_version=3,
     )  # fmt: skip
 
 

@@ -519,6 +519,16 @@ def test_merged_deltas_cover_what_was_superseded_before_and_between_them() -> No
     )
 
 
+def test_the_first_of_merged_deltas_covers_what_was_superseded_around_the_cursor() -> None:
+    """Also when the cursor is right before a delta that stands for several: `first` is after what is retained."""
+    log = make_log()
+    numbered(log, custom(), m.Progress(turn_id="t", key="k"))
+    log.append(m.Delta(turn_id="t", channel="answer", text="abc", seq=5), parts=["a", "b", "c"])
+    numbered(log, *(delta() for _ in range(MERGE_FROM)), m.Progress(turn_id="t", key="k"))
+    assert ranges(served(log, 2)) == [(2, 5 + MERGE_FROM), (6 + MERGE_FROM, 6 + MERGE_FROM)]
+    assert ranges(served(log, 3))[0] == (4, 5 + MERGE_FROM), "inside of it there is nothing superseded"
+
+
 def test_few_deltas_go_out_as_they_are_and_many_as_one() -> None:
     log = make_log()
     numbered(log, *(delta() for _ in range(MERGE_FROM)))
@@ -535,6 +545,17 @@ def test_merged_text_is_cut_by_bytes(unit: str) -> None:
     assert sum(sizes) == 300 * 1000 * len(unit.encode())
     assert max(sizes) <= MERGED_BYTES
     assert len(events) <= 300 // (MERGED_BYTES // len(unit.encode() * 1000)) + MERGE_FROM
+
+
+def test_a_budget_and_a_cut_are_used_to_the_last_byte() -> None:
+    log = make_log()
+    numbered(log, custom(), custom(), custom())
+    size = log.read(0, ROOM).size
+    assert len(log.read(0, size).payloads) == 3
+    assert len(log.read(0, size - 1).payloads) == 2
+    log = make_log()
+    numbered(log, *(delta("x" * (MERGED_BYTES // MERGE_FROM)) for _ in range(MERGE_FROM)), delta())
+    assert ranges(served(log, 0)) == [(1, MERGE_FROM), (MERGE_FROM + 1, MERGE_FROM + 1)]
 
 
 def test_a_delta_larger_than_the_cut_goes_out_alone() -> None:
@@ -613,5 +634,6 @@ def test_backlog_is_what_a_reader_has_yet_to_get() -> None:
     assert log.backlog(log.head, ROOM) == 0
     assert log.backlog(10, ROOM) == 300 + len(codec.encode_event(list(log)[-1], log.head))
     assert 100 < log.backlog(0, 100) <= 130
+    assert log.backlog(0, 30) > 30, "as much as is enough is not more than that"
     numbered(log, output())
     assert log.backlog(0, ROOM) > 5000

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from itertools import accumulate
+
 import attrs
 import pytest
 from hypothesis import strategies as st
@@ -10,7 +13,7 @@ from steady import steady
 
 from gateway.protocol import codec
 from gateway.protocol import messages as m
-from gateway.protocol.log import CursorExpired, Log, NotInMemory, Tails
+from gateway.protocol.log import CursorExpired, Log, NotInMemory, Tails, _Older
 from gateway.protocol.view import SessionView, encode_snapshot
 
 ROOM = 10**9
@@ -175,6 +178,36 @@ TestTail = TailMachine.TestCase
 TestTail.settings = steady
 
 
+def test_what_is_older_against_a_list() -> None:
+    """Over many times the size at which its arrays are cut; cursors also from before the window."""
+    chance = random.Random(1)
+    older = _Older()
+    kept: list[tuple[int, int]] = []
+    seq = 0
+    for step in range(4000):
+        if kept and chance.random() < (0.2 if step // 400 % 2 else 0.8):
+            assert older.drop_oldest() == kept.pop(0)
+            assert len(older._seqs) <= 2 * len(kept) + 66, "what was dropped does not stay for ever"
+        elif chance.random() < 0.9:
+            seq += chance.randint(1, 3)
+            kept.append((seq, chance.randint(1, 40)))
+            older.add(*kept[-1])
+        assert len(older) == len(kept)
+        cursor, budget, most = chance.randint(0, seq + 2), chance.randint(-1, 300), chance.randint(-1, 12)
+        after = [one for one in kept if one[0] > cursor]
+        totals = list(accumulate(size for _, size in after))
+        fitting = [number for (number, _), total in zip(after, totals, strict=True) if total <= budget]
+        assert older.following(cursor, budget) == max([*fitting, *(number for number, _ in after[:1])], default=0)
+        left = older.backlog(cursor, budget)
+        assert left == sum(size for _, size in after) or budget < left <= budget + 40
+        newest = list(accumulate(size for _, size in reversed(kept)))
+        taken = sum(total <= budget for total in newest[: max(0, most)])
+        assert older.newest(most, budget) == (kept[-1 - taken][0] if taken < len(kept) else 0)
+        previous, following = older.before(cursor, max(0, most))
+        assert previous == max((number for number, _ in kept if number <= cursor), default=0)
+        assert list(following) == [number for number, _ in after][: max(0, most)]
+
+
 def filled(share: int, count: int = 40) -> tuple[Log, Stored]:
     log, stored = Log(max_events=1000, max_bytes=ROOM, tails=Tails(share, ROOM)), Stored()
     for seq in range(1, count + 1):
@@ -230,6 +263,9 @@ def test_what_all_may_hold_is_divided_and_never_below_the_least() -> None:
         tails.divide(logs)
         shares.append(tails.share / Tails.LEAST)
     assert shares == [100, 100, 50, 2, 1, 1]
+    tails = Tails(1000 * Tails.LEAST, 100 * Tails.LEAST)
+    tails.divide(7)
+    assert tails.share == 100 * Tails.LEAST // 7, "whole bytes"
     tails = Tails(10, 1000 * Tails.LEAST)
     tails.divide(7)
     assert tails.share == 10
