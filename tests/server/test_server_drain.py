@@ -7,11 +7,13 @@ from contextlib import suppress
 
 import pytest
 import trio
+import trio.testing
 from plain_client import Closed, Plain, dial, dialled, eventually, gateway_of, hello, joined
 
 from gateway import Turn
 from gateway.errors import ConnectionLost
 from gateway.server import Gateway, Identity
+from gateway.server import gateway as server
 from gateway.store.memory import MemoryStore
 
 pytestmark = pytest.mark.usefixtures("line")  # each with and without TLS
@@ -259,6 +261,25 @@ async def test_an_input_that_is_being_stored_still_gets_its_answer() -> None:
         gate.set()
         assert (await client.until("accepted"))["request_id"] == "r"
         assert (await client.until_closed()).code == 1012
+
+
+async def test_who_reads_slowly_gets_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the log and not yet in a socket is work as well, though no turn runs any more."""
+    monkeypatch.setattr(server, "SETTLE_SECONDS", 60)
+
+    async def agent(turn: Turn) -> str:
+        for _ in range(4):
+            await turn.output("x" * 100_000)
+        return "the end"
+
+    limits = {"send_buffer_bytes": 4096, "slow_grace_ms": 60_000, "send_timeout_ms": 60_000}
+    async with gateway_of(agent, limits=limits) as gateway, joined(gateway, "s", small=True) as slow:
+        await slow.send("message", request_id="r", content="go")
+        await eventually(lambda: gateway.statistics().turns == 0 and gateway.statistics().blocked_connections == 1)
+        gateway.drain_nowait()
+        await trio.testing.wait_all_tasks_blocked()  # by now the drain waits for this client alone
+        assert (await slow.until("turn_ended"))["outcome"] == "completed"
+        assert (await slow.until_closed()).code == 1012
 
 
 async def test_leaving_the_block_by_an_exception_ends_everything_at_once() -> None:

@@ -121,6 +121,32 @@ async def test_resuming_in_the_middle_of_merged_deltas_repeats_nothing() -> None
         await live.until("turn_ended")
 
 
+async def test_resuming_inside_deltas_that_were_published_as_one_repeats_nothing() -> None:
+    """What an agent sends without a pause is one event with the numbers of all: a cursor may fall into it."""
+    tokens, held = [f"<{n}>" for n in range(25)], trio.Event()
+
+    async def agent(turn: Turn) -> None:
+        for token in tokens:
+            await turn.send(token)
+        await held.wait()
+
+    async with gateway_of(agent) as gateway, joined(gateway, "s") as live:
+        await live.message("go", "r")
+        start = (await live.had("turn_started"))["seq"]
+        while (await live.until("delta"))["seq"] < start + len(tokens):
+            pass
+        assert len(live.taken("delta")) < len(tokens), "some are one"
+        for behind in range(len(tokens)):
+            async with joined(gateway, "s", since=start + behind) as late:
+                wanted, got = "".join(tokens[behind:]), ""
+                while got != wanted:
+                    frame = await late.until("delta")
+                    assert frame["first"] <= start + behind + 1 or got
+                    got += frame["text"]
+                    assert wanted.startswith(got)
+        held.set()
+
+
 async def test_resuming_after_the_turn_has_ended() -> None:
     agent = Stepper()
     async with gateway_of(agent) as gateway:

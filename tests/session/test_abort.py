@@ -14,6 +14,7 @@ from gateway.config import Limits
 from gateway.errors import TurnClosed
 from gateway.protocol.messages import Aborted, Accepted, Delta, Error, Output, State, TurnEnded, Withdrawn
 from gateway.session import Turn
+from gateway.session.inbox import Place
 from gateway.session.turn import PIECE
 
 
@@ -220,6 +221,40 @@ async def test_between_hand_over_and_start_the_agent_never_runs() -> None:
         assert len(bench.reader.got(Aborted)) == 1
 
 
+async def test_an_input_in_the_loops_hand_is_withdrawn() -> None:
+    """The waiting loop has been handed it, so it is in no buffer any more, but has not run yet."""
+    agent = Script()
+    async with open_bench(agent) as bench:
+        wake = bench.reader.wake
+        sent, handed_over = [], []
+
+        def look() -> None:
+            wake()
+            inbox = bench.session._inbox
+            if bench.ends and not sent:
+                # The turn has ended and the loop does not wait yet, so this one does not start at once.
+                sent.append("r2")
+                bench.store.hold()
+                bench.send("r2")
+            elif sent and not handed_over:
+                handed_over.append(inbox.waiting["r2"].place)
+                assert inbox._in.statistics().current_buffer_used == 0
+                bench.abort(scope="queue")
+
+        bench.reader.wake = look  # type: ignore[method-assign]
+        bench.send("r1")
+        await settle()
+        await agent.finish()
+        bench.store.release()
+        await settle()
+        assert handed_over == [Place.INBOX]
+        assert bench.reader.got(Aborted)[0].withdrawn == ["r2"]
+        assert bench.turns == [["r1"]]
+        bench.send("r3")
+        await settle()
+        assert bench.turns == [["r1"], ["r3"]]
+
+
 async def test_every_abort_has_its_reply() -> None:
     agent = Script()
     async with open_bench(agent) as bench:
@@ -313,7 +348,8 @@ async def test_an_agent_that_shields_itself_is_given_up_after_stop_timeout(autoj
             await turn.send("fine")
             return None
         with trio.CancelScope(shield=True):
-            await gate.wait()
+            with trio.move_on_after(1000):  # so that a failure of this test ends it
+                await gate.wait()
             for write in (
                 lambda: turn.send("late"),
                 lambda: turn.send("late", "other"),
@@ -323,7 +359,7 @@ async def test_an_agent_that_shields_itself_is_given_up_after_stop_timeout(autoj
                 lambda: turn.tool_call("late"),
                 lambda: turn.tool_result("c", 1),
                 lambda: turn.custom("late"),
-                lambda: turn.ask("input", "late?"),
+                lambda: turn.ask("input", "late?", timeout=1),
             ):
                 try:
                     await write()

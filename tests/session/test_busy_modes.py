@@ -306,6 +306,38 @@ async def test_a_message_at_any_moment_is_run_exactly_once(mode: Any, steps: int
         assert not bench.session.busy
 
 
+async def test_after_every_step_an_accepted_input_waits_or_has_a_turn() -> None:
+    """Looked at after each step of each task: the loop, too, may only be seen before or after the hand-over."""
+    steps = 0
+    homeless: set[str] = set()
+
+    class Look(trio.abc.Instrument):
+        def after_task_step(self, task: trio.lowlevel.Task) -> None:
+            nonlocal steps, homeless
+            steps += 1
+            session = bench.session
+            taken = session.turn.inputs if session.turn is not None else ()
+            homeless |= session.view.queue.keys() - session._inbox.waiting.keys() - {item.request_id for item in taken}
+            assert session.busy or not session.view.queue
+
+    async def agent(turn: Turn) -> None:
+        await turn.send("x")
+        await trio.lowlevel.checkpoint()
+
+    async with open_bench(agent) as bench:
+        look = Look()
+        trio.lowlevel.add_instrument(look)
+        for i, mode in enumerate(["queue", "steer", "collect", "collect", "interrupt", "queue"] * 3):
+            bench.send(f"r{i}", on_busy=mode)
+            for _ in range(i % 4):
+                await trio.lowlevel.checkpoint()
+        await settle()
+        trio.lowlevel.remove_instrument(look)  # which trio has done itself if the look failed
+        assert steps > 100
+        assert homeless == set()
+        assert sorted(x for turn in bench.turns for x in turn) == sorted(f"r{i}" for i in range(18))
+
+
 async def test_the_session_is_free_in_the_step_that_shows_the_end() -> None:
     agent = Script()
     async with open_bench(agent, limits=Limits(max_inbox=1)) as bench:
@@ -316,7 +348,7 @@ async def test_the_session_is_free_in_the_step_that_shows_the_end() -> None:
             wake()
             if bench.ends and not seen:
                 seen.append(True)
-                trio.lowlevel.current_trio_token().run_sync_soon(lambda: bench.send("r2", on_busy="reject"))
+                bench.send("r2", on_busy="reject")
 
         bench.reader.wake = look  # type: ignore[method-assign]
         bench.send("r1")
