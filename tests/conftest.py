@@ -5,8 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import model_server
 import pytest
+
+hypothesis.settings.register_profile(
+    "mutants",
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    derandomize=True,
+    database=None,
+)
+"""For runs that only ask whether a test fails: the same examples every time, and no time spent on smaller ones."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
