@@ -55,7 +55,7 @@ def test_without_a_gateway() -> None:
     ("arguments", "said"),
     [
         ([], "URL: is required"),
-        (["ws://x/ws", "--profile", "odd"], "--profile: expected one of default"),
+        (["ws://x/ws", "--profile", "odd"], "--profile: expected one of brief, default"),
         (["ws://x/ws", "--vector", "odd"], "--vector: unknown: odd"),
     ],
 )

@@ -78,7 +78,7 @@ async def test_what_the_gateway_sends_is_no_sign_of_life_but_any_text_frame_is()
         async with joined(gateway) as client:
             await client.message()
             assert (await client.until_closed()).code == 4408
-            assert not client.taken("ping"), "there was no silence of ours"
+            assert len(client.taken("delta")) > 3, "we were not silent"
         async with joined(gateway) as client:
             for n in range(25):
                 await client.send_text("not even json" if n < 10 else '{"type":"pong"}')
