@@ -226,7 +226,8 @@ class Publisher:
         if self._pacer is None:
             self._work.unpark()
         elif not self.dirty:
-            self._pacer.mark_publisher(self)
+            # The first text of a turn is what its reader waits for; later ones may come together.
+            self._pacer.mark_publisher(self, urgent=not self._tails and not self._sealed.characters)
 
     def open_turn(self, turn_id: str, asks: Iterable[str] = ()) -> None:
         """Take events of this turn from now on, as its `TurnStarted` does; events of any other turn are dropped."""

@@ -295,8 +295,9 @@ class ServerWebSocket:
     async def _receive(self) -> None:
         """Wait for bytes, or for the end of the connection."""
         if self._reading is None:
-            with self.reading():
+            with trio.CancelScope() as self._reading:
                 await self._receive()
+            self._reading = None
             return
         self._waiting = True
         try:
