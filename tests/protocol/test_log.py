@@ -637,3 +637,12 @@ def test_backlog_is_what_a_reader_has_yet_to_get() -> None:
     assert log.backlog(0, 30) > 30, "as much as is enough is not more than that"
     numbered(log, output())
     assert log.backlog(0, ROOM) > 5000
+
+
+def test_readers_share_the_bytes_that_were_handed_in() -> None:
+    log, event = make_log(), m.Custom(name="n", seq=1)
+    payload = codec.encode_event(event, 1)
+    log.append(event, payload)
+    assert log.read(0, 1).payloads[0] is log.read(0, 2).payloads[0] is payload
+    numbered(log, delta(), output())
+    assert log.read(1, 1).payloads[0] is log.read(1, 2).payloads[0], "encoded once for a `first` of its own"

@@ -296,3 +296,78 @@ def test_what_no_store_has_never_leaves_memory() -> None:
         log.append(m.Custom(name="n", data="x" * 100, seq=seq))
     log.let_go()
     assert [event.seq for event in log] == list(range(2, 20))
+
+
+def sizes(events: list[m.Event]) -> int:
+    return sum(len(codec.encode_event(event, event.seq)) for event in events)
+
+
+def test_the_newest_events_stay_in_memory_up_to_three_quarters_of_a_share() -> None:
+    log, stored = filled(10**6)
+    size = sizes(stored.events[-1:])
+    log._tails.share = log.held_bytes
+    log.let_go()
+    assert len(log) == 40, "what is allowed may stay"
+    log._tails.share = 20 * size
+    log.let_go()
+    assert log.held_bytes == sizes(list(log)) <= 15 * size < log.held_bytes + size
+    log._tails.share = 0
+    log.let_go()
+    assert [event.seq for event in log] == [40], "the newest stays"
+
+
+def test_after_a_turn_its_events_may_leave_memory() -> None:
+    log, _ = filled(1000)
+    log.append(m.TurnStarted(turn_id="t", request_ids=[], attempt=1, seq=41))
+    log.append(m.Output(turn_id="t", channel="answer", content="x" * 2000, seq=42))
+    log.append(m.TurnEnded(turn_id="t", outcome="completed", seq=43))
+    log.let_go()
+    assert [event.seq for event in log] == [43]
+
+
+def test_a_window_that_is_not_in_memory_counts_as_a_whole() -> None:
+    older = [(seq, 10 * seq) for seq in range(1, 6)]
+    event = m.Custom(name="n", seq=6)
+    total = 150 + sizes([event])
+    log = Log(max_events=6, max_bytes=total, older=older)
+    assert (log.retained_events, log.retained_bytes, log.held_bytes) == (5, 150, 0)
+    log.append(event)
+    assert (log.floor, log.retained_events, log.retained_bytes) == (0, 6, total), "filled to the last byte"
+    log.append(m.Custom(name="n", seq=7))
+    assert 10 + 20 + 30 < sizes([event]) <= 10 + 20 + 30 + 40
+    assert (log.floor, log.retained_events) == (4, 3), "that many bytes had to go"
+    assert log.retained_bytes == 50 + log.held_bytes
+
+
+def test_what_is_evicted_is_not_held_any_more() -> None:
+    log = Log(max_events=3, max_bytes=ROOM)
+    for seq in range(1, 10):
+        log.append(m.Custom(name="n", data="x" * seq, seq=seq))
+    assert log.held_bytes == log.retained_bytes == sizes(list(log))
+    assert [event.seq for event in log] == [7, 8, 9]
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2, 30])
+def test_a_transcript_begins_with_what_was_loaded(gone: int) -> None:
+    """The newest of what is not in memory, with the ranges of a replay, and said to be cut if anything is before it."""
+    log, stored = Log(max_events=40 - gone, max_bytes=ROOM, tails=Tails(300, ROOM)), Stored()
+    for seq in range(1, 41):
+        event = m.Output(turn_id="t", channel="answer", content="x" * 50, seq=seq)
+        stored.events.append(event)
+        log.append(event)
+    log.let_go()
+    assert log.floor == gone
+    for count in (3, ROOM):
+        reach = log.older_than_tail(count, ROOM)
+        assert reach is not None
+        loaded = stored.read(*reach)
+        raw = encode_snapshot(
+            SessionView(), log, epoch="e", reason="requested", max_events=ROOM, max_bytes=ROOM, older=loaded
+        )
+        (snapshot,) = codec.decode_server(raw)
+        assert isinstance(snapshot, m.Snapshot)
+        begin = max(gone, log.tail - count)
+        assert [(event.first, event.seq) for event in snapshot.transcript] == [
+            (seq, seq) for seq in range(begin + 1, 41)
+        ]
+        assert snapshot.transcript_truncated == (begin > 0)

@@ -176,6 +176,28 @@ def test_one_byte_less_costs_the_oldest_event() -> None:
     assert ([event.seq for event in less.transcript], less.transcript_truncated) == ([2, 3, 4], True)
 
 
+def test_no_snapshot_is_larger_than_its_bound() -> None:
+    """Of many small events the commas count."""
+    session = Session().add(*(request(f"r{i}") for i in range(60)))
+    whole = len(session.encoded())
+    for bound in range(whole // 2, whole + 20, 7):
+        assert len(session.encoded(max_bytes=bound)) <= bound
+
+
+def test_a_turn_knows_which_attempt_it_is() -> None:
+    session = Session().add(m.TurnStarted(turn_id="t", request_ids=[], attempt=3))
+    assert session.view.turn is not None
+    assert session.view.turn.attempt == 3
+
+
+def test_an_open_ask_is_shown_as_it_was_served() -> None:
+    session = Session().add(request("a"), started(), ask("q"))
+    session.view.asks["q"].first = 2
+    assert [(event.first, event.seq) for event in session.snapshot().asks] == [(2, 3)]
+    session.view.asks["q"].first = 0
+    assert [(event.first, event.seq) for event in session.snapshot().asks] == [(3, 3)]
+
+
 def test_what_is_needed_to_go_on_is_there_even_without_room_for_a_transcript() -> None:
     session = Session().add(request("a"), started(), delta("partial"), ask("q"), m.State(patch={"k": 1}), request("b"))
     snapshot = session.snapshot(max_bytes=1)
