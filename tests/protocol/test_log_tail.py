@@ -337,6 +337,9 @@ def test_a_window_that_is_not_in_memory_counts_as_a_whole() -> None:
     assert 10 + 20 + 30 < sizes([event]) <= 10 + 20 + 30 + 40
     assert (log.floor, log.retained_events) == (4, 3), "that many bytes had to go"
     assert log.retained_bytes == 50 + log.held_bytes
+    log = Log(max_events=6, max_bytes=total - 10, older=older)
+    log.append(event)
+    assert log.floor == 1, "nothing more than that"
 
 
 def test_what_is_evicted_is_not_held_any_more() -> None:
