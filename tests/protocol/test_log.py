@@ -466,6 +466,15 @@ def test_a_number_is_never_given_twice(seq: int) -> None:
             log.append(event)
 
 
+def test_nor_by_a_delta_that_stands_for_several() -> None:
+    log = make_log()
+    numbered(log, custom(), custom())
+    with pytest.raises(AssertionError, match="number 3 was given before"):
+        log.append(attrs.evolve(delta("ab"), seq=3), parts=["a", "b"])
+    log.append(attrs.evolve(delta("ab"), seq=4), parts=["a", "b"])
+    assert ranges(served(log, 2)) == [(3, 4)]
+
+
 def test_a_long_answer_does_not_expire_an_earlier_cursor() -> None:
     log = make_log(max_events=40)
     numbered(log, *(custom() for _ in range(10)))
