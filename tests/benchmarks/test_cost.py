@@ -52,7 +52,7 @@ print(*cost.compare(measured, {{"stream": {allowed}}}), sep="\\n")
 def test_needless_calls_in_the_log_are_seen() -> None:
     calls = float(run_cost("--only", "stream").stdout.split()[1])
     allowed = {"calls": calls, "blocks": 1000.0}
-    times = int(calls * cost.SLACK) + 2
+    times = 2 * int(calls * cost.SLACK) + 2  # an append may stand for two deltas
     code = NEEDLESS.format(times=times, allowed=allowed)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
