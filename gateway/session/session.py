@@ -19,6 +19,9 @@ An agent that is still there then is on its own: it can write nothing any more, 
 
 What fails in the engine itself (a store that contradicts it) ends the session: in one step nothing of it can write
 any more and its owner is told, who lets it be loaded again; its tasks are cancelled.
+
+The module is longer than others here: what decides about inputs and turns shares one state, changes it in single steps,
+and is read together.
 """
 
 from __future__ import annotations
