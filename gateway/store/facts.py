@@ -70,12 +70,8 @@ def retried(batch: Sequence[Stored]) -> set[str]:
     }
 
 
-def touches_inputs(batch: Sequence[Stored]) -> bool:
-    """Whether `fold` needs to know the open inputs for this batch."""
-    return any(type(item.event) in _TOUCHING for item in batch)
-
-
-_TOUCHING = (TurnStarted, TurnEnded, Withdrawn)
+FOLDED = (TurnStarted, TurnEnded, Withdrawn)
+"""The events to which `fold` does anything."""
 
 
 def check(session_id: str, head: int, batch: Sequence[Stored]) -> None:

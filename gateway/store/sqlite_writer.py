@@ -1,8 +1,8 @@
 """What the writer thread of a `SqliteStore` does: a group of operations, one transaction.
 
-Few statements, whatever the size of the group: each one gives up the interpreter's lock several times and may wait
-milliseconds to get it back from a busy event loop. So rows are read as one JSON array, and written from one (`_Rows`):
-a group of 200 appends is seven statements.
+One statement, whatever the size of the group: each one gives up the interpreter's lock several times and may wait
+milliseconds to get it back from a busy event loop. So what is to be known of sessions is remembered, not read, and the
+rows of all tables are handed over as JSON arrays (`_Rows`) in one row of a view, whose trigger writes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gateway.errors import StoreError, StoreRefused, StoreUnavailable
 from gateway.protocol.messages import Input
 from gateway.protocol.patch import merge_patch
 from gateway.store.base import SessionRecord, Stored
-from gateway.store.facts import OpenInput, check, fold, retried, touches_inputs
+from gateway.store.facts import FOLDED, OpenInput, check, fold, retried
 from gateway.store.sqlite_file import check_token, explain
 
 
@@ -55,35 +55,44 @@ def _number(index: int) -> str:
     return f"json_extract(value, '$[{index}]')"
 
 
-def _blob(index: int) -> str:
-    return f"substr(?2, {_number(index)}, {_number(index + 1)})"
+def _blob(rows: str, index: int) -> str:
+    return f"substr(NEW.{rows}_parts, {_number(index)}, {_number(index + 1)})"
 
 
-def _text(index: int) -> str:
-    return f"CAST({_blob(index)} AS TEXT)"
+def _text(rows: str, index: int) -> str:
+    return f"CAST({_blob(rows, index)} AS TEXT)"
 
 
-_INSERT_SESSIONS = f"""INSERT INTO sessions
-    (id, created_at, active_at, reserved, session_id, agent_id, subject, epoch, generation)
-SELECT {_number(0)}, {_number(1)}, {_number(1)}, {_number(2)}, {_text(3)}, {_text(5)}, {_text(7)}, {_text(9)},
-    (SELECT m.value FROM meta AS m WHERE m.name = 'generation') FROM json_each(?1)"""
+_GROUP = ("token", "born", "born_parts", "events", "events_parts", "inputs", "inputs_parts", "consumed", "changed")
+"""What a group of operations writes, as the columns of one row."""
 
-_INSERT_EVENTS = f"""INSERT INTO events (session, seq, type, payload)
-SELECT {_number(0)}, {_number(1)}, {_text(2)}, {_blob(4)} FROM json_each(?1)"""
+_SCHEMA = (
+    f"CREATE TEMP VIEW written AS SELECT {', '.join(f'0 AS {name}' for name in _GROUP)}",
+    f"""CREATE TEMP TRIGGER write_group INSTEAD OF INSERT ON written BEGIN
+        SELECT RAISE(ABORT, 'fenced') WHERE NEW.token IS NOT (SELECT value FROM meta WHERE name = 'writer');
+        INSERT INTO sessions
+            (id, created_at, active_at, reserved, session_id, agent_id, subject, epoch, generation)
+        SELECT {_number(0)}, {_number(1)}, {_number(1)}, {_number(2)},
+            {_text("born", 3)}, {_text("born", 5)}, {_text("born", 7)}, {_text("born", 9)},
+            (SELECT m.value FROM meta AS m WHERE m.name = 'generation') FROM json_each(NEW.born);
+        INSERT INTO events (session, seq, type, payload)
+        SELECT {_number(0)}, {_number(1)}, {_text("events", 2)}, {_blob("events", 4)} FROM json_each(NEW.events);
+        INSERT INTO inputs (session, seq, at, turn, done, request_id, digest, on_busy)
+        SELECT {_number(0)}, {_number(1)}, {_number(2)}, {_number(3)}, {_number(4)},
+            {_text("inputs", 5)}, {_blob("inputs", 7)}, {_text("inputs", 9)} FROM json_each(NEW.inputs);
+        UPDATE inputs SET turn = new.turn, done = new.done
+        FROM (SELECT {_number(0)} AS session, {_number(1)} AS seq, {_number(2)} AS turn, {_number(3)} AS done
+            FROM json_each(NEW.consumed)) AS new
+        WHERE inputs.session = new.session AND inputs.seq = new.seq;
+        UPDATE sessions SET reserved = new.reserved, head = new.head, events = new.events,
+            bytes = new.bytes, turn = new.turn, active_at = new.active_at
+        FROM (SELECT {_number(0)} AS id, {_number(1)} AS reserved, {_number(2)} AS head, {_number(3)} AS events,
+            {_number(4)} AS bytes, {_number(5)} AS turn, {_number(6)} AS active_at FROM json_each(NEW.changed)) AS new
+        WHERE sessions.id = new.id;
+    END""",
+)
 
-_INSERT_INPUTS = f"""INSERT INTO inputs (session, seq, at, done, request_id, digest, on_busy)
-SELECT {_number(0)}, {_number(1)}, {_number(2)}, 0, {_text(3)}, {_blob(5)}, {_text(7)} FROM json_each(?1)"""
-
-_UPDATE_INPUTS = f"""UPDATE inputs SET turn = new.turn, done = new.done
-FROM (SELECT {_number(0)} AS session, {_number(1)} AS seq, {_number(2)} AS turn, {_number(3)} AS done
-    FROM json_each(?1)) AS new
-WHERE inputs.session = new.session AND inputs.seq = new.seq"""
-
-_UPDATE_SESSIONS = f"""UPDATE sessions SET reserved = new.reserved, head = new.head, events = new.events,
-    bytes = new.bytes, turn = new.turn, active_at = new.active_at
-FROM (SELECT {_number(0)} AS id, {_number(1)} AS reserved, {_number(2)} AS head, {_number(3)} AS events,
-    {_number(4)} AS bytes, {_number(5)} AS turn, {_number(6)} AS active_at FROM json_each(?1)) AS new
-WHERE sessions.id = new.id"""
+_WRITE = f"INSERT INTO written VALUES ({', '.join('?' for _ in _GROUP)})"
 
 
 @define(eq=False)
@@ -116,9 +125,13 @@ class Job(Operation):
     result: Any = field(default=None, kw_only=True)
 
 
+KNOWN_MOST = 8192
+"""Sessions whose facts the writer remembers, some 500 bytes each: those a busy gateway writes to all the time."""
+
+
 @define(eq=False)
 class _Facts:
-    """A row of ``sessions`` while a group is worked on. Invariant: ``floor <= head <= reserved``."""
+    """A row of ``sessions`` and its open inputs, as the file has them. Invariant: ``floor <= head <= reserved``."""
 
     session_id: str
     id: int
@@ -130,8 +143,15 @@ class _Facts:
     turn: int | None
     active_at: int
     inputs: dict[int, OpenInput] = field(factory=dict)
+    """By number, in order. Between two groups none of them is done with."""
     folded: bool = False
-    """Whether anything may have happened to `inputs`."""
+    """Whether anything may have happened to `inputs` in this group."""
+
+    def close_group(self) -> None:
+        """What is done with need not be known any more."""
+        if self.folded:
+            self.inputs = {seq: kept for seq, kept in self.inputs.items() if not kept.done}
+            self.folded = False
 
 
 class Writer:
@@ -156,11 +176,14 @@ class Writer:
         max_bytes: int,
     ) -> None:
         self._path = path
-        self._connection: sqlite3.Connection | None = connection
+        self._connection: sqlite3.Connection | None = _writing(connection)
         self._reopen = reopen
         self._token = token
         self._max_events = max_events
         self._max_bytes = max_bytes
+        self._known: dict[str, _Facts] = {}
+        """Of sessions that were written to lately; nobody else writes to the file, so it stays true until a transaction
+        fails or a `Job` changes something."""
         (self._next_id,) = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM sessions").fetchone()
         self.transactions = 0
         self.batches = 0
@@ -192,21 +215,23 @@ class Writer:
 
     def _transaction(self, group: Sequence[Operation]) -> None:
         if self._connection is None:
-            self._connection = self._reopen()
+            self._connection = _writing(self._reopen())
         execute = self._connection.execute
         try:
             execute("BEGIN IMMEDIATE")
-            check_token(self._connection, self._path, self._token)
             for operation in group:
                 operation.error = None
             if isinstance(group[0], Job):
                 (job,) = group
                 assert isinstance(job, Job)
+                check_token(self._connection, self._path, self._token)
+                self._known.clear()
                 job.result = job.work(self)
             else:
                 self._write(group)
             execute("COMMIT")
         except BaseException:
+            self._known.clear()
             self._roll_back()
             raise
         self.transactions += 1
@@ -227,10 +252,10 @@ class Writer:
     # sessions and events
 
     def _write(self, group: Sequence[Operation]) -> None:
-        known = self._facts(sorted({session_id for operation in group for session_id in operation.session_ids}))
-        self._load_inputs(group, known)
+        known = self._recall(group)
         born, events, inputs, consumed, rows = _Rows(), _Rows(), _Rows(), _Rows(), _Rows()
         changed: dict[str, _Facts] = {}
+        given: dict[tuple[int, int], Stored] = {}
         for operation in group:
             (session_id,) = operation.session_ids
             facts = known.get(session_id)
@@ -238,71 +263,88 @@ class Writer:
                 if isinstance(operation, Create):
                     if facts is not None:
                         raise StoreRefused(f"session {session_id} exists already")
-                    facts = known[session_id] = self._born(operation, born)
+                    facts = known[session_id] = self._known[session_id] = self._born(operation, born)
                 else:
                     assert isinstance(operation, Append)
                     if facts is None:
                         raise StoreRefused(f"session {session_id} is not known")
                     check(session_id, facts.head, operation.batch)
-                    _apply(facts, operation, events, inputs)
+                    _apply(facts, operation, events, given)
             except StoreRefused as exc:
                 operation.error = exc
             else:
                 changed[session_id] = facts
         for facts in changed.values():
             rows.add((facts.id, facts.reserved, facts.head, facts.events, facts.size, facts.turn, facts.active_at))
-            if facts.folded:
-                for seq, kept in facts.inputs.items():
+            for seq, kept in facts.inputs.items() if facts.folded else ():
+                item = given.pop((facts.id, seq), None)
+                if item is not None:
+                    _add_input(inputs, facts.id, item, kept)
+                elif kept.turn is not None or kept.done:
                     consumed.add((facts.id, seq, kept.turn, int(kept.done)))
-        if born:
-            self._execute(_INSERT_SESSIONS, *born.values())
-        if events:
-            self._execute(_INSERT_EVENTS, *events.values())
-        if inputs:
-            self._execute(_INSERT_INPUTS, *inputs.values())
-        if consumed:
-            self._execute(_UPDATE_INPUTS, consumed.values()[0])
+            facts.close_group()
         if rows:
-            self._execute(_UPDATE_SESSIONS, rows.values()[0])
+            values = (*born.values(), *events.values(), *inputs.values(), consumed.values()[0], rows.values()[0])
+            try:
+                self._execute(_WRITE, self._token, *values)
+            except sqlite3.IntegrityError:
+                assert self._connection is not None
+                check_token(self._connection, self._path, self._token)
+                raise
         for facts in changed.values():
             # A quarter more than the bound may pile up, so that a trim is paid once in a while and not every time.
             if facts.events > self._max_events * 5 // 4 or facts.size > self._max_bytes * 5 // 4:
                 self._trim(facts)
+                del self._known[facts.session_id]
 
-    def _facts(self, session_ids: list[str]) -> dict[str, _Facts]:
+    def _recall(self, group: Sequence[Operation]) -> dict[str, _Facts]:
+        """The facts of the group's sessions, as far as they exist: remembered, or read."""
+        again = {
+            operation.session_ids[0]
+            for operation in group
+            if isinstance(operation, Append) and retried(operation.batch)
+        }
+        known: dict[str, _Facts] = {}
+        unknown: set[str] = set()
+        for operation in group:
+            (session_id,) = operation.session_ids
+            facts = self._known.get(session_id)
+            if facts is None or session_id in again:
+                unknown.add(session_id)
+            else:
+                known[session_id] = facts
+        if unknown:
+            known |= self._read_facts(sorted(unknown), again)
+            if len(self._known) > KNOWN_MOST:
+                self._known.clear()
+            self._known |= known
+        return known
+
+    def _read_facts(self, session_ids: list[str], again: set[str]) -> dict[str, _Facts]:
+        """From the file; for those in `again` with the inputs that a finished turn had, and whose event is still
+        there."""
         rows = self._json(
             """SELECT json_group_array(json_array(
                 session_id, id, reserved, head, floor, events, bytes, turn, active_at))
             FROM sessions WHERE session_id IN (SELECT value FROM json_each(?))""",
             _dump(session_ids),
         )
-        return {row[0]: _Facts(*row) for row in rows}
-
-    def _load_inputs(self, group: Sequence[Operation], known: dict[str, _Facts]) -> None:
-        """Fill in the open inputs of the sessions whose batches touch any."""
-        ids: dict[int, _Facts] = {}
-        again: set[int] = set()
-        for operation in group:
-            facts = known.get(operation.session_ids[0])
-            if facts is not None and isinstance(operation, Append) and touches_inputs(operation.batch):
-                ids[facts.id] = facts
-                if retried(operation.batch):
-                    again.add(facts.id)
-        if not ids:
-            return
-        query = """SELECT json_group_array(json_array(session, seq, request_id, turn, done)) FROM inputs
-            WHERE session IN (SELECT value FROM json_each(?)) AND """
-        rows = self._json(query + "done = 0", _dump(list(ids)))
-        if again:
-            # Those that a finished turn had, and whose event is still there.
-            rows += self._json(
-                query
-                + """done = 1 AND turn IS NOT NULL AND EXISTS (
-                    SELECT 1 FROM events AS e WHERE e.session = inputs.session AND e.seq = inputs.seq)""",
-                _dump(list(again)),
-            )
-        for session, seq, request_id, turn, done in sorted(rows, key=lambda row: row[:2]):
-            ids[session].inputs[seq] = OpenInput(request_id, turn, bool(done))
+        known = {row[0]: _Facts(*row) for row in rows}
+        if known:
+            ids = {facts.id: facts for facts in known.values()}
+            query = """SELECT json_group_array(json_array(session, seq, request_id, turn, done)) FROM inputs
+                WHERE session IN (SELECT value FROM json_each(?)) AND """
+            inputs = self._json(query + "done = 0", _dump(list(ids)))
+            if retry := [facts.id for facts in known.values() if facts.session_id in again]:
+                inputs += self._json(
+                    query
+                    + """done = 1 AND turn IS NOT NULL AND EXISTS (
+                        SELECT 1 FROM events AS e WHERE e.session = inputs.session AND e.seq = inputs.seq)""",
+                    _dump(retry),
+                )
+            for session, seq, request_id, turn, done in sorted(inputs, key=lambda row: row[:2]):
+                ids[session].inputs[seq] = OpenInput(request_id, turn, bool(done))
+        return known
 
     def _born(self, operation: Create, born: _Rows) -> _Facts:
         r = operation.record
@@ -390,13 +432,8 @@ class Writer:
         return orjson.loads(text)
 
 
-def _apply(
-    facts: _Facts,
-    operation: Append,
-    events: _Rows,
-    inputs: _Rows,
-) -> None:
-    """Fold a checked batch into its session's facts and add its rows."""
+def _apply(facts: _Facts, operation: Append, events: _Rows, given: dict[tuple[int, int], Stored]) -> None:
+    """Fold a checked batch into its session's facts and add its rows; the inputs among them become `given`."""
     for item in operation.batch:
         event = item.event
         events.add((facts.id, event.seq), event.type.encode(), item.payload)
@@ -404,15 +441,29 @@ def _apply(
         facts.active_at = max(facts.active_at, event.at)
         if type(event) is Input:
             facts.inputs[event.seq] = OpenInput(event.request_id)
-            assert item.digest is not None
-            texts = (event.request_id.encode(), item.digest, item.on_busy.encode())
-            inputs.add((facts.id, event.seq, event.at), *texts)
-        else:
+            facts.folded = True
+            given[facts.id, event.seq] = item
+        elif type(event) in FOLDED:
             facts.turn = fold(event, facts.inputs, facts.turn)
-    facts.folded = facts.folded or touches_inputs(operation.batch)
+            facts.folded = True
     facts.events += len(operation.batch)
     facts.size += operation.size
     facts.reserved = max(facts.reserved, operation.reserved, facts.head)
+
+
+def _add_input(inputs: _Rows, session: int, item: Stored, kept: OpenInput) -> None:
+    event = item.event
+    assert type(event) is Input
+    assert item.digest is not None
+    texts = (event.request_id.encode(), item.digest, item.on_busy.encode())
+    inputs.add((session, event.seq, event.at, kept.turn, int(kept.done)), *texts)
+
+
+def _writing(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """Prepare a connection for `_WRITE`."""
+    for statement in _SCHEMA:
+        connection.execute(statement)
+    return connection
 
 
 def _may_be_one(exc: Exception) -> bool:
