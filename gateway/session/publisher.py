@@ -103,21 +103,27 @@ class _Tail:
 
 
 class _Sealed:
-    """What a turn's outputs on ``answer`` say so far, joined: only its length and digest, it may be long."""
+    """What a turn's outputs on ``answer`` say so far, joined. Most turns have one output, which the log has anyway; of
+    more only length and digest are kept, they may be long."""
 
     def __init__(self) -> None:
         self.characters = 0
-        self._state: blake2b | None = None  # most turns have one output, at their end
+        self._first = ""
+        self._state: blake2b | None = None
 
     def add(self, text: str) -> None:
+        if not self.characters:
+            self._first = text
+        else:
+            if self._state is None:
+                self._state = blake2b(self._first.encode(), digest_size=16)
+                self._first = ""
+            self._state.update(text.encode())
         self.characters += len(text)
-        if self._state is None:
-            self._state = blake2b(digest_size=16)
-        self._state.update(text.encode())
 
     def begins(self, text: str) -> bool:
         if self._state is None:
-            return True
+            return text.startswith(self._first)
         head = text[: self.characters]
         return len(head) == self.characters and blake2b(head.encode(), digest_size=16).digest() == self._state.digest()
 
@@ -371,8 +377,7 @@ class Publisher:
         if tail is None:
             tail = self._tails[channel] = _Tail()
         size = len(text) if text.isascii() else len(text.encode())
-        # Quotes and backslashes count once here and twice in JSON; the bound has room for that.
-        encoded = size if text.isprintable() else len(codec.dump_json(text))
+        encoded = len(codec.dump_json(text)) - 2
         tail.parts.append(text)
         tail.size += size
         tail.encoded += encoded
