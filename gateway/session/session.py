@@ -13,8 +13,9 @@ An input is in the `Inbox`, in one place of it, until a turn takes it or it is w
 `turn_ended` visible. At most one turn runs because there is one loop. The next input is the loop's next iteration:
 constant stack, constant tasks.
 
-A turn ends in one way: `stop_turn` says why (the first reason counts), the loop waits for the agent's task within
-``stop_timeout``, closes the turn's open questions, hands in its `Finish`, and waits until the `turn_ended` is visible.
+A turn ends in one step, `_close_turn`: it closes the turn's open questions and hands in its `Finish`. The agent's task
+does it when the agent is through; `stop_turn` says why it should be (the first reason counts), and if the agent is not
+within ``stop_timeout``, the loop does it.
 An agent that is still there then is on its own: it can write nothing any more, and its task belongs to no turn.
 
 What fails in the engine itself (a store that contradicts it) ends the session: in one step nothing of it can write
@@ -258,8 +259,8 @@ class Session:
         for other in self.readers.values():
             other.push(Presence(event="joined", connection_id=member.connection_id, subject=member.subject))
         self.readers[member.connection_id] = reader
-        if self.turn is not None:
-            self.turn._limit_scope.deadline = self.turn._max_deadline
+        if (turn := self.turn) is not None and turn._stop_reason is None:
+            turn._until(turn._max_deadline)
 
     def detach(self, reader: Reader, code: int, reason: str) -> None:
         """Remove a connection. The turn goes on; touches nothing that belongs to another connection."""
@@ -277,9 +278,8 @@ class Session:
                 self._limit_detached(self.turn)
 
     def _limit_detached(self, turn: Turn) -> None:
-        if self._max_detached_ms:
-            deadline = trio.current_time() + self._max_detached_ms / 1000
-            turn._limit_scope.deadline = min(turn._max_deadline, deadline)
+        if self._max_detached_ms and turn._stop_reason is None:
+            turn._until(min(turn._max_deadline, trio.current_time() + self._max_detached_ms / 1000))
 
     def signal(self, frame: ClientSignal, sender: Reader) -> None:
         """Pass an ephemeral message on to the session's other connections."""
@@ -534,10 +534,10 @@ class Session:
 
         An agent that has returned is not stopped any more: its turn ends as it would have.
         """
-        if turn._stop_reason is None and not turn._closed and not turn._finished.is_set():
+        if turn._stop_reason is None and not turn._closed:
             turn._stop_reason = reason
             turn._scope.cancel()
-            turn._settled.set()
+            turn._until(trio.current_time() + self.limits.stop_timeout_ms / 1000)
 
     def answer(self, frame: Answer, reader: Reader) -> None:
         """Answer an open ask; the first valid answer counts."""
@@ -638,28 +638,35 @@ class Session:
     async def _run_turn(self, turn: Turn) -> None:
         """Run the agent once. When this returns, the turn's `turn_ended` is visible and its work is over."""
         # Stored before the agent starts: after a crash the log says that it may have run.
-        await turn._started.wait()
+        if not turn._started.is_set():
+            await turn._started.wait()
         turn._older = await self.older.for_transcript()
         if turn._stop_reason is None:
             assert self._nursery is not None
             # Owned by the session; ends by itself, or by `stop_turn`. Its own task, so that an agent that does not
             # react to its cancellation cannot wedge the session.
             self._nursery.start_soon(self._run_agent, turn)
-            turn._max_deadline = trio.current_time() + self.limits.max_turn_ms / 1000
-            turn._limit_scope.deadline = turn._max_deadline
-            if not self.readers:
-                self._limit_detached(turn)
-            with turn._limit_scope:
-                await turn._settled.wait()
-            if not turn._settled.is_set():
-                timed_out = trio.current_time() >= turn._max_deadline
-                self.stop_turn(turn, "timed_out" if timed_out else "detached")
-            if not turn._finished.is_set():
-                with trio.move_on_after(self.limits.stop_timeout_ms / 1000):
-                    await turn._finished.wait()
-            if not turn._finished.is_set():
+            await self._watch(turn)
+        if not turn._closed:
+            self._close_turn(turn)
+        await turn._ended.wait()
+
+    async def _watch(self, turn: Turn) -> None:
+        """Stop the turn when its time is over, and wait for its agent, but once it is stopped only so long."""
+        turn._max_deadline = trio.current_time() + self.limits.max_turn_ms / 1000
+        turn._until(turn._max_deadline)
+        if not self.readers:
+            self._limit_detached(turn)
+        while not turn._closed:
+            with trio.CancelScope(deadline=turn._deadline) as turn._patience:
+                await turn._ended.wait()
+            if turn._closed:
+                return
+            if turn._stop_reason is not None:
                 _log.error("agent_ignores_cancellation", session_id=self.record.session_id, turn_id=turn.turn_id)
-        await self._end_turn(turn)
+                return
+            timed_out = trio.current_time() >= turn._max_deadline
+            self.stop_turn(turn, "timed_out" if timed_out else "detached")
 
     async def _run_agent(self, turn: Turn) -> None:
         try:
@@ -669,9 +676,9 @@ class Session:
         # `except*`: what an agent raises while the whole gateway is cancelled comes in one group with that.
         except* AGENT_ERRORS as group:
             turn._failure = self._explain(turn, group)
-        finally:
-            turn._finished.set()
-            turn._settled.set()
+        # Not in a `finally`: a turn whose session is cancelled has no end, and is lost.
+        if not turn._closed:
+            self._close_turn(turn)
 
     def _explain(self, turn: Turn, exc: BaseException) -> ErrorInfo:
         session_id, reference = self.record.session_id, self.sources.new_id()
@@ -681,8 +688,8 @@ class Session:
         _log.info("agent_failed_when_stopped", session_id=session_id, turn_id=turn.turn_id, error=type(exc).__name__)
         return ErrorInfo(code="agent_error", message="the agent failed when it was stopped")
 
-    async def _end_turn(self, turn: Turn) -> None:
-        """Close what the turn left open and write its end."""
+    def _close_turn(self, turn: Turn) -> None:
+        """Close what the turn left open and write its end. It can write nothing from now on."""
         outcome, error = outcome_of(turn._stop_reason, turn._failure, self.limits)
         for pending in list(turn._asks.values()):
             self.decide_ask(turn, pending, "cancelled")
@@ -701,7 +708,6 @@ class Session:
             turn._ended.set()
 
         self.publisher.enqueue(Finish(turn.turn_id, outcome, error, text), lambda _: visible())
-        await turn._ended.wait()
 
     async def finish_turn(self, timeout: float) -> None:
         """Wait until no turn runs, at most `timeout` seconds; then end it as ``interrupted`` and wait for that."""

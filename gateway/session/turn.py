@@ -110,12 +110,10 @@ class Turn:
         self._closed = False
         self._discarded = False
         self._scope = trio.CancelScope()
-        self._limit_scope = trio.CancelScope()
+        self._patience: trio.CancelScope | None = None
+        self._deadline = self._max_deadline = inf
         self._started = trio.Event()
-        self._settled = trio.Event()
-        self._finished = trio.Event()
         self._ended = trio.Event()
-        self._max_deadline = inf
         self._stop_reason: str | None = None
         self._result: str | None = None
         self._failure: ErrorInfo | None = None
@@ -323,6 +321,12 @@ class Turn:
             self._unyielded = 0
             await trio.lowlevel.checkpoint()
         self._check_open()
+
+    def _until(self, deadline: float) -> None:
+        """Have the engine wait for the agent until then."""
+        self._deadline = deadline
+        if self._patience is not None:
+            self._patience.deadline = deadline
 
     def _check_open(self) -> None:
         if self._closed:

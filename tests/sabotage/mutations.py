@@ -83,8 +83,8 @@ MUTATIONS = (
         "waiting for a stubborn agent",
         "an agent that ignores its cancellation is waited for without end",
         "gateway/session/session.py",
-        "with trio.move_on_after(self.limits.stop_timeout_ms / 1000):",
-        "with trio.move_on_after(1e9):",
+        "turn._until(trio.current_time() + self.limits.stop_timeout_ms / 1000)",
+        "turn._until(trio.current_time() + 1e9)",
         (f"{ABORT}::test_an_agent_that_shields_itself_is_given_up_after_stop_timeout",),
     ),
     Mutation(
@@ -241,8 +241,8 @@ MUTATIONS = (
         "ended before its children",
         "the end of a turn does not wait for what its agent started",
         "gateway/session/session.py",
-        "                    await turn._finished.wait()\n",
-        "                    await trio.lowlevel.checkpoint()\n",
+        "turn._until(trio.current_time() + self.limits.stop_timeout_ms / 1000)",
+        "turn._until(trio.current_time())",
         (f"{TURN_ENDS}::test_the_agents_children_are_finished_before_the_end_is_visible",),
     ),
     Mutation(
@@ -289,8 +289,8 @@ MUTATIONS = (
         "a late end ends the next",
         "an agent's end counts for the turn that runs then",
         "gateway/session/session.py",
-        "            turn._finished.set()\n            turn._settled.set()\n",
-        "            turn = self.turn or turn\n            turn._finished.set()\n            turn._settled.set()\n",
+        "        if not turn._closed:\n            self._close_turn(turn)\n\n",
+        "        if self.turn is not None:\n            self._close_turn(self.turn)\n\n",
         (f"{ABORT}::test_a_zombies_end_does_not_touch_the_next_turn",),
     ),
     Mutation(
@@ -331,7 +331,7 @@ MUTATIONS = (
         "alone for ever",
         "the limit on a turn that nobody watches is not set",
         "gateway/session/session.py",
-        "        if self._max_detached_ms:\n",
+        "        if self._max_detached_ms and turn._stop_reason is None:\n",
         "        if False:\n",
         (
             f"{CONNECTIONS}::test_max_detached_ms_ends_a_turn_that_nobody_watches",

@@ -301,7 +301,7 @@ async def test_an_agent_that_has_returned_is_not_stopped_any_more() -> None:
 
         def after_task_step(self, task: trio.lowlevel.Task) -> None:
             turn = bench.session.turn
-            if turn is not None and turn._finished.is_set() and not self.done:
+            if turn is not None and turn._closed and not self.done:
                 self.done = True
                 bench.abort()
 
