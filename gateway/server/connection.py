@@ -116,6 +116,7 @@ class Connection:
         """The log's head at the last join or snapshot: what it held then is no fault of a slow client."""
         self.cursor = 0
         self.dirty = 0
+        self.visited_at = 0.0
         self.told_no_credit = False
         self.member = Member(connection_id="", subject="", joined_at=0)
         self.heard_at = self.sent_at = trio.current_time()

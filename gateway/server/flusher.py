@@ -8,16 +8,17 @@ per connection this saves a task switch per event and connection, and lets many 
 visited the same way, first, so what they show goes out in the same pass.
 
 The adaptive gap: while many sessions stream, waiting a little between passes lets events pile up, so each write carries
-more. The gap is three times what the last pass took, at most 5 ms; below 0.5 ms there is none. A pass that served one
+more. The gap is three times what the last pass took, at most 10 ms; below 0.5 ms there is none. A pass that served one
 log to many connections gains nothing from waiting, so there is no gap after it: it goes by the number of logs that were
 read. What is *urgent* does not wait for the gap's end: replies, the engine's own events, and the first delta after a
-silence are visited in the next scheduler pass, alone.
+silence are visited in the next scheduler pass, alone. A pass that takes long stops every millisecond for what is urgent
+and for all other tasks: who asks now does not wait until a hundred answers have been written.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import trio
@@ -26,10 +27,12 @@ from gateway.protocol.log import Chunk
 from gateway.transport.frames import text_frames
 
 GAP_FACTOR = 3.0
-GAP_MOST = 0.005
+GAP_MOST = 0.010
 GAP_LEAST = 0.0005
-"""Seconds. Three quarters of the time for everything else; 5 ms is below what a reader of text can see."""
+"""Seconds. Three quarters of the time for everything else; 10 ms is less than a screen needs to show the next frame."""
 
+SLICE = 0.001
+"""Seconds of a pass between two scheduler passes: some twenty sessions, and twenty times what a scheduler pass costs."""
 
 SILENCE = 0.1
 """Seconds without a visit after which a publisher's next delta is a beginning, which somebody waits for."""
@@ -40,6 +43,8 @@ SOON, NOW = 1, 2
 class Flushable(Protocol):
     dirty: int
     """0, or when it was asked to be visited: `SOON` (after the gap) or `NOW`."""
+    visited_at: float
+    """When it was last visited, in seconds of the flusher's timer."""
 
     def flush(self) -> None:
         """Do what there is to do, without waiting."""
@@ -48,16 +53,11 @@ class Flushable(Protocol):
         """`flush` failed: end what it belongs to."""
 
 
-class FlushablePublisher(Flushable, Protocol):
-    visited_at: float
-    """When it was last visited, in seconds of the flusher's timer."""
-
-
 class _Round:
     """Who is to be visited: publishers first, so that what they show goes out in the same round."""
 
     def __init__(self) -> None:
-        self.publishers: list[FlushablePublisher] = []
+        self.publishers: list[Flushable] = []
         self.connections: list[Flushable] = []
 
     def __bool__(self) -> bool:
@@ -87,7 +87,7 @@ class Flusher:
             if when is NOW or self._idle:
                 self._work.unpark()
 
-    def mark_publisher(self, publisher: FlushablePublisher, *, urgent: bool = False) -> None:
+    def mark_publisher(self, publisher: Flushable, *, urgent: bool = False) -> None:
         """Have a publisher visited: at once if it was silent for a while. Never waits."""
         when = NOW if urgent or self._timer() - publisher.visited_at > SILENCE else SOON
         if publisher.dirty < when:
@@ -108,21 +108,12 @@ class Flusher:
 
     async def run(self) -> None:
         """Flush until cancelled. Owned by the gateway's nursery."""
-        timer = self._timer
         while True:
             if not self._now and not self._soon:
                 self._idle = True
                 await self._work.park()
                 self._idle = False
-            self._fresh = 0
-            started = timer()
-            soon, self._soon = self._soon, _Round()
-            self._publish(soon.publishers)
-            shown, self._soon.connections = self._soon.connections, []
-            self._visit(soon.connections)
-            self._visit(shown)
-            self._serve_urgent()
-            gap = min(GAP_MOST, GAP_FACTOR * (timer() - started))
+            gap = min(GAP_MOST, GAP_FACTOR * await self._pass())
             if self._fresh > 1 and gap >= GAP_LEAST:
                 with trio.move_on_after(gap):
                     while True:
@@ -134,27 +125,50 @@ class Flusher:
             else:
                 await trio.lowlevel.checkpoint()
 
+    async def _pass(self) -> float:
+        """Visit whoever waits; returns how many seconds that took, without those of others in between."""
+        timer = self._timer
+        self._fresh = 0
+        soon, self._soon = self._soon, _Round()
+        taken = 0.0
+        started = now = timer()
+        for visit, batch in ((self._publish, soon.publishers), (self._visit, soon.connections)):
+            for one in batch:
+                visit(one, now)
+                now = timer()
+                if now - started >= SLICE:
+                    self._serve_urgent()
+                    taken += timer() - started
+                    await trio.lowlevel.checkpoint()
+                    started = now = timer()
+        self._serve_urgent()
+        return taken + timer() - started
+
     def _serve_urgent(self) -> None:
-        now, self._now = self._now, _Round()
+        round_, self._now = self._now, _Round()
+        now = self._timer()
         self._hurried = True
-        self._publish(now.publishers)
+        for publisher in round_.publishers:
+            self._visit(publisher, now)
         self._hurried = False
         shown, self._now.connections = self._now.connections, []
-        self._visit(now.connections)
-        self._visit(shown)
+        for connection in (*round_.connections, *shown):
+            self._visit(connection, now)
         self._framed = None
 
-    def _publish(self, publishers: list[FlushablePublisher]) -> None:
-        now = self._timer()
-        for publisher in publishers:
-            publisher.visited_at = now
-        self._visit(publishers)
+    def _publish(self, publisher: Flushable, now: float) -> None:
+        """Visit a publisher, and then whoever it has shown something, while that is at hand."""
+        later, self._soon.connections = self._soon.connections, []
+        self._visit(publisher, now)
+        shown, self._soon.connections = self._soon.connections, later
+        for connection in shown:
+            self._visit(connection, now)
 
-    def _visit(self, batch: Sequence[Flushable]) -> None:
-        for one in batch:
-            one.dirty = 0
-            try:
-                one.flush()
-            except Exception as exc:
-                # One connection's or session's fault is not the others': they are served, it is ended.
-                one.crashed(exc)
+    def _visit(self, one: Flushable, now: float) -> None:
+        one.dirty = 0
+        one.visited_at = now
+        try:
+            one.flush()
+        except Exception as exc:
+            # One connection's or session's fault is not the others': they are served, it is ended.
+            one.crashed(exc)
