@@ -32,7 +32,7 @@ GAP_LEAST = 0.0005
 """Seconds. Three quarters of the time for everything else; 10 ms is less than a screen needs to show the next frame."""
 
 SLICE = 0.001
-"""Seconds of a pass between two scheduler passes: some twenty sessions, and twenty times what a scheduler pass costs."""
+"""Seconds of a pass between two scheduler passes: some twenty sessions, and many times what a scheduler pass costs."""
 
 SILENCE = 0.1
 """Seconds without a visit after which a publisher's next delta is a beginning, which somebody waits for."""

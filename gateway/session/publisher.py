@@ -223,7 +223,8 @@ class Publisher:
         """Hand in an event of the engine's own. Never waits; `done` tells when it is visible."""
         self._intake.append(_Item(what, done, digest, on_busy))
         if self._pacer is not None and self._store.immediate:
-            self._pacer.mark_publisher(self, urgent=True)
+            # The end of a text that its reader has already may come with the next pass.
+            self._pacer.mark_publisher(self, urgent=self._silent or type(what) is not Finish)
         else:
             self._work.unpark()
 
@@ -233,7 +234,12 @@ class Publisher:
             self._work.unpark()
         elif not self.dirty:
             # The first text of a turn is what its reader waits for; later ones may come together.
-            self._pacer.mark_publisher(self, urgent=not self._tails and not self._sealed.characters)
+            self._pacer.mark_publisher(self, urgent=self._silent)
+
+    @property
+    def _silent(self) -> bool:
+        """Whether the turn has shown no text yet."""
+        return not self._tails and not self._sealed.characters
 
     def open_turn(self, turn_id: str, asks: Iterable[str] = ()) -> None:
         """Take events of this turn from now on, as its `TurnStarted` does; events of any other turn are dropped."""

@@ -287,9 +287,11 @@ class Writer:
             values = (*born.values(), *events.values(), *inputs.values(), consumed.values()[0], rows.values()[0])
             try:
                 self._execute(_WRITE, self._token, *values)
-            except sqlite3.IntegrityError:
+            except sqlite3.IntegrityError as exc:
                 assert self._connection is not None
                 check_token(self._connection, self._path, self._token)
+                if isinstance(group[0], Create) and len(group) == 1:
+                    raise StoreRefused(f"session {group[0].record.session_id} exists already") from exc
                 raise
         for facts in changed.values():
             # A quarter more than the bound may pile up, so that a trim is paid once in a while and not every time.
@@ -298,7 +300,8 @@ class Writer:
                 del self._known[facts.session_id]
 
     def _recall(self, group: Sequence[Operation]) -> dict[str, _Facts]:
-        """The facts of the group's sessions, as far as they exist: remembered, or read."""
+        """The facts of the group's sessions: remembered, or read. A session to be created is taken for new; if it is
+        not, the file will say so."""
         again = {
             operation.session_ids[0]
             for operation in group
@@ -306,13 +309,16 @@ class Writer:
         }
         known: dict[str, _Facts] = {}
         unknown: set[str] = set()
+        new: set[str] = set()
         for operation in group:
             (session_id,) = operation.session_ids
             facts = self._known.get(session_id)
-            if facts is None or session_id in again:
-                unknown.add(session_id)
-            else:
+            if facts is not None and session_id not in again:
                 known[session_id] = facts
+            elif isinstance(operation, Create):
+                new.add(session_id)
+            elif session_id not in new:
+                unknown.add(session_id)
         if unknown:
             known |= self._read_facts(sorted(unknown), again)
             if len(self._known) > KNOWN_MOST:
