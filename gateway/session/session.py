@@ -185,7 +185,7 @@ class Session:
         lost = stored.turn
         if lost is None:
             return
-        self.publisher.open_turn(lost.turn_id, self.view.asks)
+        self.publisher.open_turn(lost.turn_id, stored.asks)
         error = ErrorInfo(code="lost", message="the gateway stopped while this turn ran", retryable=True)
         self.publisher.enqueue(Finish(lost.turn_id, "lost", error), lambda _: self.recovered.set())
         overtaken = any(item.on_busy == "interrupt" for item in stored.queue)

@@ -85,6 +85,8 @@ class StoredSession:
     """The turn without a `turn_ended`, if the process died in it."""
     turn_inputs: list[StoredInput]
     """That turn's inputs."""
+    asks: list[str] = field(factory=list)
+    """Ids of that turn's questions that nobody has answered, in order; also of those whose event is not kept."""
     older: list[tuple[int, int]] = field(factory=list)
     """``seq`` and encoded bytes of each event above `floor` that is not in `events`, in order; see `Store.read`."""
     keys: list[tuple[str, Key]] = field(factory=list)

@@ -11,7 +11,7 @@ from attrs import define, field
 from gateway.config import MIB
 from gateway.errors import StoreRefused
 from gateway.protocol.keys import Key
-from gateway.protocol.messages import Event, Input, State, TurnStarted, Withdrawn
+from gateway.protocol.messages import Answered, Ask, Event, Input, State, TurnStarted, Withdrawn
 from gateway.protocol.patch import merge_patch
 from gateway.store.base import Purged, Retention, SessionRecord, Store, Stored, StoredInput, StoredSession
 from gateway.store.facts import OpenInput, check, fold, retried
@@ -39,6 +39,7 @@ class _Session:
     events: deque[tuple[Event, int, str]] = field(factory=deque)
     inputs: dict[int, _Input] = field(factory=dict)
     turn: TurnStarted | None = None
+    asks: dict[str, None] = field(factory=dict)
     keys: dict[str, Key] = field(factory=dict)
 
     def reopen(self, request_ids: set[str]) -> None:
@@ -117,6 +118,7 @@ class MemoryStore(Store):
             queue=[item.stored for item in session.inputs.values() if item.turn is None],
             turn=session.turn,
             turn_inputs=[item.stored for item in session.inputs.values() if item.turn is not None],
+            asks=list(session.asks),
             keys=list(session.keys.items()),
         )
 
@@ -149,12 +151,17 @@ class MemoryStore(Store):
                 session.keys[event.request_id] = Key(event.seq, item.digest, event.at)
             elif type(event) is State:
                 session.state = merge_patch(session.state, event.patch)
+            elif type(event) is Ask:
+                session.asks[event.ask_id] = None
+            elif type(event) is Answered:
+                session.asks.pop(event.ask_id, None)
             else:
                 turn = fold(event, session.inputs, turn)
                 if type(event) is TurnStarted:
                     session.turn = event
                 elif turn is None:
                     session.turn = None
+                    session.asks.clear()
         for seq in [seq for seq, kept in session.inputs.items() if kept.done]:
             del session.inputs[seq]
         session.reserved = max(session.reserved, reserved, session.head)

@@ -21,6 +21,12 @@ from gateway.protocol.messages import Event, Input, TurnStarted
 from gateway.protocol.patch import merge_patch
 from gateway.store.base import SessionRecord, StoredInput, StoredSession
 
+OPEN_ASKS = """SELECT seq, payload FROM events WHERE session = :session AND seq > :turn AND type = 'ask'
+    AND json_extract(CAST(payload AS TEXT), '$.ask_id') NOT IN (
+        SELECT json_extract(CAST(payload AS TEXT), '$.ask_id') FROM events
+        WHERE session = :session AND seq > :turn AND type = 'answered') ORDER BY seq"""
+"""The questions of the open turn that nobody has answered. They are kept for as long as they are open."""
+
 
 @contextmanager
 def _one_look(connection: sqlite3.Connection) -> Iterator[None]:
@@ -77,6 +83,13 @@ def load(
             (id_,),
         ).fetchone()
         inputs = sorted(orjson.loads(text))
+        asks: list[str] = []
+        if turn is not None:
+            (text,) = connection.execute(
+                f"SELECT json_group_array(json_extract(CAST(payload AS TEXT), '$.ask_id')) FROM ({OPEN_ASKS})",
+                {"session": id_, "turn": turn},
+            ).fetchone()
+            asks = orjson.loads(text)
         wanted = [row[0] for row in inputs if not row[6]] + ([] if turn is None else [turn])
         kept = {event.seq: event for event in events}
         if missing := [seq for seq in wanted if seq not in kept]:
@@ -109,6 +122,7 @@ def load(
         queue=waiting,
         turn=started,  # type: ignore[arg-type]
         turn_inputs=taken,
+        asks=asks,
         keys=sorted(keys.items(), key=lambda item: item[1].at),
     )
 

@@ -21,6 +21,7 @@ from gateway.protocol.patch import merge_patch
 from gateway.store.base import SessionRecord, Stored
 from gateway.store.facts import FOLDED, OpenInput, check, fold, retried
 from gateway.store.sqlite_file import check_token, explain
+from gateway.store.sqlite_reader import OPEN_ASKS
 
 
 class _Rows:
@@ -361,7 +362,7 @@ class Writer:
         return facts
 
     def _trim(self, facts: _Facts) -> None:
-        """Bring a session back within its bounds. Its state, waiting inputs and open turn stay."""
+        """Bring a session back within its bounds. Its state, waiting inputs, open turn and open questions stay."""
         (floor,) = self._execute(
             """SELECT max(seq) FROM (
                 SELECT seq, row_number() OVER newest AS n, sum(length(payload)) OVER newest AS total
@@ -386,12 +387,12 @@ class Writer:
             for event in orjson.loads(patches):
                 state = merge_patch(state, event["patch"])
             self._execute("UPDATE sessions SET state = ? WHERE id = ?", orjson.dumps(state), facts.id)
-        self._execute(
-            """DELETE FROM events WHERE session = ?1 AND seq <= ?2 AND seq IS NOT ?3
-            AND seq NOT IN (SELECT seq FROM inputs WHERE session = ?1 AND done = 0)""",
-            facts.id,
-            floor,
-            facts.turn,
+        assert self._connection is not None
+        self._connection.execute(
+            f"""DELETE FROM events WHERE session = :session AND seq <= :floor AND seq IS NOT :turn
+            AND seq NOT IN (SELECT seq FROM inputs WHERE session = :session AND done = 0)
+            AND seq NOT IN (SELECT seq FROM ({OPEN_ASKS}))""",
+            {"session": facts.id, "floor": floor, "turn": facts.turn},
         )
         self._execute(
             """UPDATE sessions SET floor = ?2, (events, bytes) =

@@ -74,7 +74,6 @@ class History:
         told: request id → ``seq``, for each durable `accepted` that a client has got.
         work: what the agent did, by turn. Epochs of one session share it, as they share `sent`, `modes` and `causes`.
         causes: how often happened what may end a turn: ``abort``, ``interrupt``, ``crash``, ``failure``, ``drain``.
-        window: how many of the newest events a store keeps for a process that comes back.
         max_turn_ms: how long a turn may run before it is ended as ``timed_out``.
     """
 
@@ -82,7 +81,6 @@ class History:
     epoch: str
     log: list[Json] = field(factory=list)
     reserved: int = 0
-    window: int = 1 << 30
     max_turn_ms: int = 0
     sent: dict[str, list[str]] = field(factory=dict)
     modes: dict[str, set[str]] = field(factory=dict)

@@ -255,7 +255,6 @@ class World:
             record.session_id,
             record.epoch,
             reserved=reserved,
-            window=self.limits.replay_max_events,
             max_turn_ms=self.limits.max_turn_ms,
             sent=shared.sent,
             modes=shared.modes,

@@ -438,6 +438,33 @@ async def test_the_newest_event_always_stays(make: Make) -> None:
         assert seqs(await script.load(max_bytes=1)) == [2]
 
 
+async def test_open_questions_outlive_their_events(make: Make) -> None:
+    """A question of a turn that is lost gets its answer, however much its turn wrote after it."""
+    async with make(max_events=8) as store:
+        script = await Script(store).create()
+
+        def ask(ask_id: str) -> m.Event:
+            return script.make(m.Ask, turn_id="t1", ask_id=ask_id, kind="approval", prompt="Go on?")
+
+        def answered(ask_id: str) -> m.Event:
+            return script.make(m.Answered, turn_id="t1", ask_id=ask_id, value=True)
+
+        await script.write(script.input("a"), script.start("t1", "a"), ask("q1"), ask("q2"), answered("q1"), ask("q3"))
+        for _ in range(40):
+            await script.write(script.output())
+        found = await script.load()
+        assert seqs(found)[0] > 6
+        assert found.asks == ["q2", "q3"]
+        await script.write(answered("q2"))
+        for _ in range(40):
+            await script.write(script.output())
+        assert (await script.load()).asks == ["q3"]
+        await script.write(answered("q3"), script.end("t1"), script.input("b"), script.start("t2", "b"))
+        for _ in range(40):
+            await script.write(script.output(turn_id="t2"))
+        assert (await script.load()).asks == []
+
+
 async def test_facts_outlive_the_events_they_come_from(make: Make) -> None:
     async with make(max_events=8) as store:
         script = await Script(store).create()
