@@ -11,14 +11,20 @@ from __future__ import annotations
 from enum import Enum
 
 
-class State(Enum):
+class _Key(Enum):
+    """Looked up for every frame: the hash that `Enum` has is computed in Python, from the name."""
+
+    __hash__ = object.__hash__
+
+
+class State(_Key):
     HANDSHAKE = "handshake"
     JOINED = "joined"
     CLOSING = "closing"
     CLOSED = "closed"
 
 
-class On(Enum):
+class On(_Key):
     """What can happen to a connection."""
 
     HELLO = "a valid hello arrives"

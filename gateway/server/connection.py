@@ -105,8 +105,8 @@ class Connection:
         # One frame each for hello_ok and snapshot, and replies up to what a client may be behind.
         self._max_control_bytes = 2 * self._limits.max_frame_bytes + self._limits.max_buffered_bytes
         self._resync: ResyncReason | None = None
-        self._large = False
-        """Whether the message at hand is so large that what is made of it may not fit into a frame."""
+        self._most = 0
+        """Bytes that any part of the message at hand may have as JSON at most: written anew it grows sixfold at most."""
         self._protocol_errors = 0
         self._refreshing = False
         self._fetching = False
@@ -356,7 +356,7 @@ class Connection:
 
     async def _handle(self, raw: bytes) -> None:
         """Handle one text message: a frame, or an array of them."""
-        self._large = 6 * len(raw) > self._limits.max_frame_bytes - EVENT_OVERHEAD
+        self._most = 6 * len(raw)
         for number, frame in enumerate(self._decode(raw), 1):
             if self._state is not State.JOINED:
                 if not self._abort_late(frame):
@@ -418,8 +418,8 @@ class Connection:
 
     def _too_large(self, *parts: Any) -> int:
         """0 if `parts` fit into an event, else their size as JSON."""
-        if not self._large:
-            return 0  # JSON written anew grows sixfold at most: nothing in this message can be too large
+        if self._most <= self._limits.max_frame_bytes - EVENT_OVERHEAD:
+            return 0
         size = len(codec.check_json(parts))
         return size if size > self._limits.max_frame_bytes - EVENT_OVERHEAD else 0
 
@@ -486,8 +486,9 @@ class Connection:
         self._end_with(Left(), 1000, "left")
 
     def _ping(self, frame: Ping) -> None:
-        size = len(codec.check_json(frame.nonce)) if frame.nonce is not None else 0
-        if size > self._limits.max_signal_bytes:
+        if self._most > self._limits.max_signal_bytes and (
+            (size := len(codec.check_json(frame.nonce))) > self._limits.max_signal_bytes
+        ):
             message = f"field 'nonce': expected at most {self._limits.max_signal_bytes:,} bytes, got {size:,}"
             self._protocol_error("invalid_frame", message)
         else:
