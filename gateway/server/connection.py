@@ -106,7 +106,7 @@ class Connection:
         self._max_control_bytes = 2 * self._limits.max_frame_bytes + self._limits.max_buffered_bytes
         self._resync: ResyncReason | None = None
         self._most = 0
-        """Bytes that any part of the message at hand may have as JSON at most: written anew it grows sixfold at most."""
+        """Bytes that any part of the message at hand may have as JSON at most: written anew it grows sixfold."""
         self._protocol_errors = 0
         self._refreshing = False
         self._fetching = False
