@@ -106,12 +106,34 @@ def test_type_may_appear_in_several_objects(raw: bytes) -> None:
     assert all(isinstance(ping, m.Ping) for ping in codec.decode_client(raw))
 
 
+def test_any_other_repeated_name_has_its_last_value_whichever_way_a_frame_is_read() -> None:
+    for raw in (b'{"type":"ping","nonce":1,"nonce":2}', b'{"type":"ping","nonce":1,"n\\u006fnce":2}'):
+        assert codec.decode_client(raw) == [m.Ping(nonce=2)]
+
+
 def test_nesting_is_bounded_for_clients_below_what_readers_take() -> None:
     deepest = nested(codec.MAX_GIVEN_DEPTH - 1)
     assert codec.decode_client(frame(type="ping", nonce=deepest)) == [m.Ping(nonce=deepest)]
     assert refusal(frame(type="ping", nonce=[deepest])).code == "invalid_json"
     assert refusal(b"[" * 500_000).code == "invalid_json"
     assert refusal(b'{"a":' * 900 + b"1" + b"}" * 900).code == "invalid_json"
+
+
+def inside(value: Any) -> list[Any]:
+    """Values one level deeper than `value`, with brackets enough beside it that they must be measured."""
+    wide: list[Any] = [[]] * codec.MAX_DEPTH
+    return [[value, *wide], [*wide, value], [value, *wide, 1], [1, *wide, value], {"a": value, "b": wide, "c": 1}]
+
+
+def test_the_deepest_place_counts_wherever_it_stands() -> None:
+    as_deep_as_may_be = nested(codec.MAX_GIVEN_DEPTH - 2)
+    for value in inside(as_deep_as_may_be):
+        assert codec.decode_client(frame(type="ping", nonce=value)) == [m.Ping(nonce=value)]
+        assert codec.check_json([value]) == orjson.dumps([value])
+    for value in inside([as_deep_as_may_be]):
+        assert refusal(frame(type="ping", nonce=value)).code == "invalid_json"
+        with pytest.raises(ValueError, match="nested"):
+            codec.check_json([value])
 
 
 def test_width_is_not_depth() -> None:
@@ -225,6 +247,60 @@ def test_a_refusal_says_whose_request_it_was() -> None:
     assert refusal(frame(**MESSAGE | {"content": 1})).request_id == "r1"
     assert refusal(frame(**MESSAGE | {"request_id": "x" * 129})).request_id is None
     assert refusal(frame(**MESSAGE | {"request_id": 1})).request_id is None
+
+
+@pytest.mark.parametrize("length", [1, codec.MAX_REQUEST_ID])
+def test_the_shortest_and_the_longest_request_id(length: int) -> None:
+    request_id = "x" * length
+    assert codec.decode_client(frame(**MESSAGE | {"request_id": request_id})) == [
+        m.Message(request_id=m.RequestId(request_id), content="hi")
+    ]
+    assert refusal(frame(**MESSAGE | {"request_id": request_id, "content": 1})).request_id == request_id
+
+
+def test_a_request_id_that_is_refused_is_not_repeated() -> None:
+    for request_id in ("", "x" * (codec.MAX_REQUEST_ID + 1), None, [1]):
+        assert refusal(frame(**MESSAGE | {"request_id": request_id, "content": 1})).request_id is None
+
+
+REFUSALS = {
+    b'{"type":"hello","protocol_min":true,"protocol_max":2,"agent_id":"a"}': (
+        "field 'protocol_min': expected an integer, got true or false"
+    ),
+    b'{"type":"message","request_id":"","content":""}': (
+        "field 'request_id': expected a string of 1 to 128 characters, got 0 characters"
+    ),
+    b'{"type":"message","request_id":null,"content":""}': (
+        "field 'request_id': expected a string of 1 to 128 characters, got null"
+    ),
+    b'{"type":"abort","scope":0.5}': "field 'scope': expected one of turn, queue, all",
+    b'{"type":"signal"}': "field 'name': is required",
+    b'{"type":[]}': "field 'type': expected a string, got an array",
+    b'["ping"]': "expected a JSON object, got a string",
+    b'{"type":"ping","nonce":18446744073709551616}': "an integer does not fit into 64 bits; send it as a string",
+    b'{"type":"ping","type":"ping"}': "field 'type': appears twice; expected it once",
+}
+
+
+@pytest.mark.parametrize("raw", REFUSALS, ids=range(len(REFUSALS)))
+def test_a_refusal_is_one_sentence_that_says_what_to_send(raw: bytes) -> None:
+    assert refusal(raw).message == REFUSALS[raw]
+
+
+@attrs.frozen
+class Wait:
+    """No frame has a number that may be a fraction, but the line of a process does."""
+
+    seconds: float
+
+
+def test_a_number_may_be_whole_and_is_neither_a_truth_nor_a_text() -> None:
+    for value in (2, 2.0):
+        wait = codec.structure({"seconds": value}, Wait)
+        assert (wait, type(wait.seconds)) == (Wait(2.0), float)
+    for wrong, name in ((True, "true or false"), ("2", "a string"), (None, "null")):
+        with pytest.raises(FrameError, match=f"^field 'seconds': expected a number, got {name}$"):
+            codec.structure({"seconds": wrong}, Wait)
 
 
 def test_unknown_fields_are_ignored() -> None:
@@ -420,6 +496,15 @@ def test_what_a_peer_would_refuse_is_refused_when_it_is_written() -> None:
     assert codec.check_json(nested(codec.MAX_GIVEN_DEPTH)) == orjson.dumps(nested(codec.MAX_GIVEN_DEPTH))
 
 
+def test_objects_count_as_arrays_do() -> None:
+    value: Any = 1
+    for _ in range(codec.MAX_GIVEN_DEPTH):
+        value = {"a": value}
+    assert codec.check_json(value) == orjson.dumps(value)
+    with pytest.raises(ValueError, match="nested"):
+        codec.check_json({"a": value})
+
+
 @steady
 @given(json_values)
 def test_checked_values_can_be_read_back(value: Any) -> None:
@@ -434,6 +519,20 @@ def test_decoding_does_not_depend_on_what_was_decoded_before(contents: list[str]
     raw = b"[" + b",".join(codec.encode_frame(message) for message in batch) + b"]"
     for _ in range(times):
         assert codec.decode_client(raw) == batch
+
+
+def test_once_everything_is_built_no_first_frame_builds_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_structure", {})
+    monkeypatch.setattr(codec, "_unstructure", {})
+    codec.structure_all()
+    monkeypatch.setattr(codec, "_converter", None)
+    assert codec.decode_client(frame(**MESSAGE)) == [m.Message(request_id=m.RequestId("r1"), content="hi")]
+    assert codec.encode_frame(m.Left()) == b'{"type":"left"}'
+    ended = m.TurnEnded(turn_id="t", outcome="completed", seq=1)
+    assert codec.decode_event(codec.encode_event(ended, 1)) == attrs.evolve(ended, first=1)
+    read, written = codec._structure, codec._unstructure
+    assert all(callable(read[cls]) for cls in (*m.CLIENT_FRAMES.values(), *m.EVENTS.values()))
+    assert all(callable(written[cls]) for cls in (*m.EVENTS.values(), *m.SERVER_FRAMES.values()))
 
 
 def test_an_encoded_event_takes_no_more_memory_than_it_has_bytes() -> None:
