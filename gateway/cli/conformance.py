@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import trio
 
 from gateway.cli.failing import errors_as_lines
 from gateway.errors import ConfigError
-from gateway.testing.vector_runner import PATIENCE_S, Drain, Runner, VectorFailed
+from gateway.testing.vector_process import open_process
+from gateway.testing.vector_runner import PATIENCE_S, Operator, Runner, VectorFailed
 from gateway.testing.vectors import Vector, default_folder, load
 
 
@@ -26,6 +28,9 @@ from gateway.testing.vectors import Vector, default_folder, load
 @click.option(
     "--drain-pid", type=int, metavar="PID", help="Send SIGTERM to PID for the vectors about a drain; they run last."
 )
+@click.option(
+    "--run", "command", metavar="COMMAND", help="Start the gateway with COMMAND, and again when a vector ends it."
+)
 @click.option("--patience", default=PATIENCE_S, show_default=True, help="Seconds to wait in one step.")
 @click.option("--list", "show", is_flag=True, help="Instead, list the vectors and the profiles' files.")
 def conformance(
@@ -34,6 +39,7 @@ def conformance(
     only: tuple[str, ...],
     folder: Path | None,
     drain_pid: int | None,
+    command: str | None,
     patience: float,
     show: bool,
 ) -> None:
@@ -53,10 +59,15 @@ def conformance(
         known = {vector.id for vector in vectors}
         if unknown := sorted(set(only) - known):
             raise ConfigError("--vector", f"unknown: {', '.join(unknown)} (--list names all)")
+        if command is not None and drain_pid is not None:
+            raise ConfigError("--drain-pid", "is of no use with --run, which knows whom to drain")
         if profile not in {vector.profile for vector in vectors}:
             raise ConfigError("--profile", f"expected one of {', '.join(sorted({v.profile for v in vectors}))}")
         chosen = [vector for vector in vectors if vector.profile == profile and (not only or vector.id in only)]
-        failed = trio.run(_run, url, chosen, _drain_of(drain_pid), patience)
+        if command is not None:
+            failed = trio.run(_run_with, shlex.split(command), url, chosen, patience)
+        else:
+            failed = trio.run(_run, url, chosen, _operator_of(drain_pid), patience)
     sys.exit(1 if failed else 0)
 
 
@@ -65,39 +76,48 @@ def _show(vectors: list[Vector], folder: Path) -> None:
         click.echo(f"{profile}  ({folder / profile}.toml)")
         for vector in vectors:
             if vector.profile == profile:
-                click.echo(f"  {vector.id}  {vector.title}" + ("  [drains]" if vector.needs_drain else ""))
+                click.echo(f"  {vector.id}  {vector.title}" + "".join(f"  [{need}s]" for need in sorted(vector.needs)))
 
 
-def _drain_of(pid: int | None) -> Drain | None:
+def _operator_of(pid: int | None) -> Operator:
     if pid is None:
-        return None
+        return {}
 
     async def drain() -> None:
         await trio.lowlevel.checkpoint()
         os.kill(pid, signal.SIGTERM)
 
-    return drain
+    return {"drain": drain}
 
 
-async def _run(url: str, vectors: list[Vector], drain: Drain | None, patience: float) -> int:
-    runner = Runner(url, drain=drain, patience=patience)
+async def _run_with(command: list[str], url: str, vectors: list[Vector], patience: float) -> int:
+    async with open_process(command, url) as process:
+        return await _run(url, vectors, process.operator, patience)
+
+
+async def _run(url: str, vectors: list[Vector], operator: Operator, patience: float) -> int:
+    runner = Runner(url, operator=operator, patience=patience)
     failed = passed = 0
     left_out: list[str] = []
-    drained = False
-    for vector in sorted(vectors, key=lambda vector: vector.needs_drain):  # a gateway drains once
-        if vector.needs_drain and (drain is None or drained):
+    over = False
+    for vector in sorted(vectors, key=lambda vector: len(vector.needs)):  # what does least to the gateway first
+        if over and "crash" in operator:
+            await operator["crash"]()  # whatever state it is in
+            over = False
+        if over or not vector.needs <= operator.keys():
             left_out.append(vector.id)
             continue
-        drained = vector.needs_drain
+        over = "drain" in vector.needs and "start" not in vector.needs
         try:
             await runner.run(vector)
         except VectorFailed as exc:
             failed += 1
+            over = over or bool(vector.needs)
             click.echo(f"FAILED  {exc}")
         else:
             passed += 1
             click.echo(f"ok      {vector.id}")
     click.echo(f"{passed} passed, {failed} failed")
     if left_out:
-        click.echo(f"not run: {', '.join(left_out)} (they drain the gateway: see --drain-pid)")
+        click.echo(f"not run: {', '.join(left_out)} (they end the gateway: see --run and --drain-pid)")
     return failed

@@ -79,6 +79,10 @@ class Peer:
         """The same with a binary one."""
         await self._send(BytesMessage(data=data))
 
+    async def send_ping(self) -> None:
+        """The same with a WebSocket ping, which is not the protocol's."""
+        await self._send(Ping())
+
     async def receive(self) -> str:
         """The next text message.
 

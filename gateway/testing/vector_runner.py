@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from math import inf
 from typing import Any
 
 import trio
@@ -22,6 +24,9 @@ from gateway.testing.praison_rules import PraisonObserver
 from gateway.testing.rules import DROPPABLE, VOLATILE, Frame, Observer, RuleBroken
 from gateway.testing.vectors import Mismatch, Names, Step, Vector, action_of, match, resolve
 
+PULSE_S = 0.1
+"""Between the pings of a `quiet` that lasts."""
+
 PATIENCE_S = 30.0
 """For one step. Nothing is measured with it; a machine under load may take seconds."""
 
@@ -30,8 +35,9 @@ RETRY_S = 0.05
 
 AGENT = "conformance"
 
-Drain = Callable[[], Awaitable[None]]
-"""Has whoever runs the gateway drain it."""
+Operator = Mapping[str, Callable[[], Awaitable[None]]]
+"""Who runs the gateway, and can do some of `vectors.OPERATED` to it: ``drain`` it (returning before that is over),
+``crash`` it (and start it again), ``start`` it again once it has drained."""
 
 
 class VectorFailed(Exception):
@@ -77,11 +83,11 @@ class _Connection:
             self.observer.received(frame, len(text.encode()))
             (self.events if frame["type"] in self._numbered else self.frames).append(frame)
 
-    async def next(self, wanted: str) -> Frame:
+    async def next(self, wanted: str, past: Sequence[str] = ()) -> Frame:
         """The next frame of the stream that `wanted` belongs to, passing over what may come in between."""
         numbered = wanted in self._numbered
         stream = self.events if numbered else self.frames
-        passed = self._volatile if numbered else DROPPABLE | {"ping"}
+        passed = (self._volatile if numbered else DROPPABLE | {"ping"}) | set(past)
         while True:
             while stream:
                 frame = stream.popleft()
@@ -99,13 +105,13 @@ class Runner:
     """Runs vectors against the gateway at `url`, whose agent ``conformance`` is that of `gateway.testing.conformance`.
 
     Args:
-        drain: has the gateway drain, for the vectors that need it.
+        operator: what can be done to the gateway, for the vectors that need it.
         patience: seconds for one step.
     """
 
-    def __init__(self, url: str, *, drain: Drain | None = None, patience: float = PATIENCE_S) -> None:
+    def __init__(self, url: str, *, operator: Operator | None = None, patience: float = PATIENCE_S) -> None:
         self._url = url
-        self._have_drained = drain
+        self._operator = operator or {}
         self._patience = patience
         self._connections: dict[str, _Connection] = {}
         self._names: Names = {}
@@ -118,7 +124,7 @@ class Runner:
         Raises:
             VectorFailed: the gateway does not do what it says.
             ConnectionLost: there is no gateway.
-            ConfigError: the vector itself is wrong, or needs a `drain`.
+            ConfigError: the vector itself is wrong, or needs an operator.
         """
         fresh = secrets.token_hex(6)
         self._names = {"agent": AGENT, "session": f"v-{fresh}", "other_session": f"w-{fresh}"}
@@ -169,6 +175,12 @@ class Runner:
         return connection
 
     async def _connect(self, step: Step) -> None:
+        if step.get("refused"):
+            try:
+                await self._open(step["connect"], step)
+            except (ConnectionLost, _Failed):
+                return
+            raise Mismatch("expected this connection to be refused, it was opened")
         connection = await self._open(step["connect"], step)
         if "subprotocol" in step:
             match(step["subprotocol"], connection.peer.subprotocol, self._names)
@@ -198,7 +210,8 @@ class Runner:
 
     async def _send(self, step: Step) -> None:
         connection = self._on(step)
-        await connection.send(resolve(step["send"], self._names), self._known)
+        for _ in range(step.get("times", 1)):
+            await connection.send(resolve(step["send"], self._names), self._known)
 
     async def _send_text(self, step: Step) -> None:
         await self._on(step).peer.send_text(resolve(step["send_text"], self._names))
@@ -212,23 +225,26 @@ class Runner:
     async def _cut(self, step: Step) -> None:
         await self._connections[step["cut"]].peer.cut()
 
-    async def _drain(self, step: Step) -> None:
-        if self._have_drained is None:
-            raise ConfigError("drain", "this vector needs somebody who drains the gateway")
-        await self._have_drained()
+    async def _operate(self, step: Step) -> None:
+        action = action_of(step)
+        if action not in self._operator:
+            raise ConfigError(action, "this vector needs somebody who does that to the gateway")
+        await self._operator[action]()
+
+    _drain = _crash = _start = _operate
 
     # what is expected
 
-    async def _receive(self, connection: _Connection, wanted: str) -> Frame:
+    async def _receive(self, connection: _Connection, wanted: str, past: Sequence[str] = ()) -> Frame:
         try:
-            return await connection.next(wanted)
+            return await connection.next(wanted, past)
         except ConnectionLost as exc:
             raise _Failed(f"expected {wanted}, but the connection ended: {exc.code} {exc.reason}") from None
 
     async def _expect(self, step: Step) -> None:
         connection = self._on(step)
         pattern = step["expect"]
-        frame = await self._receive(connection, pattern["type"])
+        frame = await self._receive(connection, pattern["type"], step.get("past", ()))
         self._names = self._matched(pattern, frame)
 
     def _matched(self, pattern: Frame, frame: Frame) -> Names:
@@ -265,19 +281,25 @@ class Runner:
 
     async def _closed(self, step: Step) -> None:
         connection = self._on(step)
-        try:
-            while True:
+        pause = step["pinging_ms"] / 1000 if "pinging_ms" in step else inf
+        while (ended := connection.peer.ended) is None:
+            with suppress(ConnectionLost), trio.move_on_after(pause) as scope:
                 await connection.read()
-        except ConnectionLost:
-            ended = connection.peer.ended
-        assert ended is not None
+            if scope.cancelled_caught:
+                await connection.peer.send_ping()
         if not step.get("skip") and (frame := connection.left_over()) is not None:
             raise Mismatch(f"nobody expected {json.dumps(frame, ensure_ascii=False)[:400]}")
         self._names = match(step["closed"], {"code": ended.code, "reason": ended.reason}, self._names)
 
     async def _quiet(self, step: Step) -> None:
         connection = self._on({"on": step["quiet"]})
-        for _ in range(2):  # events may follow the first pong; what was there before it is here before the second
+        until = trio.current_time() + step.get("for_ms", 0) / 1000
+        pongs = 0
+        # Events may follow the first pong; what was there before it is here before the second.
+        while pongs < 2 or trio.current_time() < until:
+            if pongs >= 2:
+                await trio.sleep(PULSE_S)
+            pongs += 1
             await connection.send({"type": "ping"}, self._known)
             try:
                 while not any(frame["type"] == "pong" for frame in connection.frames):

@@ -28,6 +28,9 @@ from gateway.testing.vectors import Mismatch, Names, Step, Vector, action_of, ma
 
 Frame = dict[str, Any]
 
+SKIPPED = 1_000
+"""Numbers that a crash leaves out: they were reserved, so somebody may have seen them."""
+
 
 class Driver(Protocol):
     """One session of the client under test."""
@@ -141,7 +144,7 @@ class ScriptedGateway:
         self._names: Names = {}
         self._seqs: dict[str, int] = {}
         self._events: list[Frame] = []
-        self._head = self._cursor = 0
+        self._head = self._cursor = self._shown = 0
 
     async def run(self, vector: Vector) -> None:
         """Run one vector.
@@ -228,7 +231,8 @@ class ScriptedGateway:
         tag = pattern["type"]
         if tag in m.EVENTS:
             self._head += 1
-            own = {"seq": self._head, "first": self._head, "at": 1_000 + self._head}
+            own = {"seq": self._head, "first": self._shown + 1, "at": 1_000 + self._head}
+            self._shown = self._head
             frame = self._complete(m.EVENTS[tag], pattern, own)
             if tag == "output":  # stands for the deltas before it
                 frame["first"] = self._last_kept() + 1
@@ -270,10 +274,21 @@ class ScriptedGateway:
             raise Mismatch(f"text: expected the client to show {text!r}, it shows {shown!r}")
 
     async def _closed(self, step: Step) -> None:
-        await self._peers[step.get("on", "a")].close(step["closed"]["code"], step["closed"]["reason"])
+        await self._peers[step.get("on", "a")].close(step["closed"]["code"], step["closed"].get("reason", ""))
 
     async def _cut(self, step: Step) -> None:
         await self._peers[step["cut"]].cut()
+
+    async def _drain(self, step: Step) -> None:
+        """What the client sees of it are the steps that follow."""
+
+    _start = _drain
+
+    async def _crash(self, step: Step) -> None:
+        """Every line breaks, and what may have been shown last is skipped: numbers are reserved in blocks."""
+        for peer in self._peers.values():
+            await peer.cut()
+        self._head += SKIPPED
 
     # what the client makes of it
 

@@ -20,23 +20,28 @@ from gateway.errors import ConfigError
 Step = Mapping[str, Any]
 
 ACTIONS: Mapping[str, frozenset[str]] = {
-    "connect": frozenset({"headers", "query", "subprotocols", "subprotocol", "receive_buffer", "protocol"}),
+    "connect": frozenset({"headers", "query", "subprotocols", "subprotocol", "receive_buffer", "protocol", "refused"}),
     "join": frozenset({"hello", "hello_ok", "receive_buffer", "protocol", "retry", "not_before_ms"}),
-    "send": frozenset({"on"}),
+    "send": frozenset({"on", "times"}),
     "send_text": frozenset({"on"}),
     "send_binary": frozenset({"on"}),
-    "expect": frozenset({"on"}),
+    "expect": frozenset({"on", "past"}),
     "expect_all": frozenset({"on"}),
     "text": frozenset({"on", "turn_id", "channel"}),
-    "closed": frozenset({"on", "skip"}),
+    "closed": frozenset({"on", "skip", "pinging_ms"}),
     "close": frozenset({"on"}),
     "cut": frozenset(),
-    "quiet": frozenset(),
+    "quiet": frozenset({"for_ms"}),
     "drain": frozenset(),
+    "crash": frozenset(),
+    "start": frozenset(),
     "over": frozenset(),
     "again": frozenset({"on"}),
 }
 """What a step may do, and the keys it may have beside that one, `clauses` and `note`."""
+
+OPERATED = frozenset({"drain", "crash", "start"})
+"""Steps that whoever runs the gateway has to do."""
 
 SIDES = ("gateway", "client")
 
@@ -57,9 +62,9 @@ class Vector:
         return frozenset(clause for step in self.steps for clause in step.get("clauses", ()))
 
     @property
-    def needs_drain(self) -> bool:
-        """Whether somebody has to drain the gateway in the middle."""
-        return any("drain" in step for step in self.steps)
+    def needs(self) -> frozenset[str]:
+        """What whoever runs the gateway has to do in the middle: some of `OPERATED`."""
+        return OPERATED & {action_of(step) for step in self.steps}
 
 
 def action_of(step: Step) -> str:

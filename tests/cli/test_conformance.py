@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +40,31 @@ def test_every_vector_of_the_default_profile_with_a_drain_in_the_end() -> None:
     assert result.exit_code == 0
 
 
+def test_a_gateway_that_the_tool_runs_itself(tmp_path: Path) -> None:
+    """It is drained, killed and started again, and what comes last finds it alive."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [sys.executable, "-m", "gateway", "run", "--config", str(default_folder() / "stored.toml")]
+    command += ["--port", str(port), "--no-http", "--log-level", "error", "--store", f"sqlite:{tmp_path / 'x.db'}"]
+    vectors = tmp_path / "vectors"
+    vectors.mkdir()
+    for name in ("stored", "drain"):
+        text = (default_folder() / f"{name}.json").read_text()
+        (vectors / f"{name}.json").write_text(text.replace('"profile": "default"', '"profile": "stored"'))
+    arguments = ["--vectors", str(vectors), "--profile", "stored", "--run", shlex.join(command)]
+    result = CliRunner().invoke(main, ["conformance", f"ws://127.0.0.1:{port}/ws", *arguments])
+    assert result.output.splitlines()[-1] == "4 passed, 0 failed", result.output
+    assert result.exit_code == 0
+
+
+def test_a_command_that_is_no_gateway() -> None:
+    arguments = ["--profile", "stored", "--run", f"{sys.executable} -c pass"]
+    result = CliRunner().invoke(main, ["conformance", "ws://127.0.0.1:1/ws", *arguments])
+    assert result.exit_code == 2
+    assert "--run: the command ended with exit code 0" in result.output
+
+
 def test_the_wrong_profile_fails_and_says_where() -> None:
     with gateway("default") as (url, _):
         result = CliRunner().invoke(main, ["conformance", url, "--profile", "small", "--vector", "limits.inbox-full"])
@@ -55,8 +82,9 @@ def test_without_a_gateway() -> None:
     ("arguments", "said"),
     [
         ([], "URL: is required"),
-        (["ws://x/ws", "--profile", "odd"], "--profile: expected one of brief, default"),
+        (["ws://x/ws", "--profile", "odd"], "--profile: expected one of brief, crowded, default"),
         (["ws://x/ws", "--vector", "odd"], "--vector: unknown: odd"),
+        (["ws://x/ws", "--run", "x", "--drain-pid", "1"], "--drain-pid: is of no use with --run"),
     ],
 )
 def test_what_is_wrong_is_said(arguments: list[str], said: str) -> None:
