@@ -362,10 +362,12 @@ class Praison:
                 "truncated": truncated,
             }
             frame = codec.dump_json({"type": "snapshot", "resync_reason": given.reason, "state": state})
-            if len(frame) <= self._max_frame_bytes or len(messages) + len(events) <= 1:
+            if len(frame) <= self._max_frame_bytes or not (messages or events):
                 return frame
             truncated = True
-            messages, events = messages[(len(messages) + 1) // 2 :], events[len(events) // 2 :]
+            # Down to nothing if need be: its client closes at a larger frame, comes back, and would get the same again.
+            events = events[(len(events) + (not messages)) // 2 :]
+            messages = messages[(len(messages) + 1) // 2 :]
 
     def _transcript(self, transcript: list[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
         """Messages, other events, and what is sealed of an answer that goes on."""

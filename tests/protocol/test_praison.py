@@ -235,6 +235,57 @@ def test_a_snapshot_is_cut_to_a_frame() -> None:
     assert state["messages"][-1]["content"].startswith("205 ")
 
 
+def cut_snapshot(transcript: list[m.Event], room: int) -> dict[str, Any]:
+    """The state that a client gets of a snapshot of these events, where a frame may have `room` bytes."""
+    dialect = Praison()
+    dialect.attach(Log(max_events=1, max_bytes=1), {})
+    dialect.encode(attrs.evolve(golden.HELLO_OK, policy=attrs.evolve(golden.POLICY, max_frame_bytes=room)))
+    encoded = [codec.encode_event(event, event.seq) for event in transcript]
+    given = codec.encode_snapshot(attrs.evolve(golden.SNAPSHOT, turn=None, state={}), encoded, [])
+    (frame,) = dialect.snapshot(given)
+    assert len(frame) <= room
+    state: dict[str, Any] = json.loads(frame)["state"]
+    assert state["truncated"] is True
+    return state
+
+
+def said(seq: int, size: int) -> m.Event:
+    return m.Input(seq=seq, first=seq, at=1, request_id=m.RequestId("r"), content=str(seq).ljust(size, "x"))
+
+
+def called(seq: int, size: int) -> m.Event:
+    return m.ToolCall(seq=seq, first=seq, at=1, turn_id="t", call_id="c", name="look", arguments="x" * size)
+
+
+@pytest.mark.parametrize(
+    ("transcript", "messages", "events"),
+    [
+        ([called(1, 900), called(2, 900)], [], ["2"]),
+        ([called(n, 200) for n in range(1, 9)], [], ["7", "8"]),
+        ([called(1, 400), called(2, 400), called(3, 400), called(4, 400)], [], ["3", "4"]),
+        ([said(1, 900), called(2, 900)], [], ["2"]),
+        ([said(1, 500), said(2, 500), called(3, 300)], ["2"], ["3"]),
+        ([said(1, 900), said(2, 900)], ["2"], []),
+        ([said(1, 2000)], [], []),
+        ([called(1, 2000)], [], []),
+        ([said(1, 2000), called(2, 2000)], [], []),
+    ],
+    ids=["calls", "many calls", "halves", "both", "more messages", "messages", "a message", "a call", "two too large"],
+)  # fmt: skip
+def test_a_snapshot_is_halved_until_it_fits(transcript: list[m.Event], messages: list[str], events: list[str]) -> None:
+    """Of a single entry too large for a frame nothing is shown: its client would close, come back, and get it again."""
+    state = cut_snapshot(transcript, 1800)
+    assert [message["message_id"] for message in state["messages"]] == messages
+    assert [event["event_id"] for event in state["events"]] == events
+
+
+def test_an_entry_that_fills_a_frame_of_version_2_is_left_out() -> None:
+    encoded = codec.encode_event(said(4, 100_000), 4)
+    given = codec.encode_snapshot(attrs.evolve(golden.SNAPSHOT, turn=None, state={}), [encoded], [])
+    state = cut_snapshot([said(4, 100_000)], len(given))
+    assert (state["messages"], state["event_cursor"]) == ([], 18)
+
+
 def test_a_stopped_turn_in_a_snapshot_is_a_message() -> None:
     dialect, _ = golden.joined()
     transcript: list[m.Event] = [
