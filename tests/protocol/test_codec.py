@@ -69,7 +69,9 @@ NOT_JSON = {
 
 @pytest.mark.parametrize("raw", NOT_JSON.values(), ids=NOT_JSON)
 def test_what_is_no_json_is_invalid_json(raw: bytes) -> None:
-    assert refusal(raw).code == "invalid_json"
+    refused = refusal(raw)
+    assert refused.code == "invalid_json"
+    assert refused.message.startswith(("expected one JSON text in UTF-8: ", "an integer does not fit"))
 
 
 @pytest.mark.parametrize("number", [2**64, 2**64 + 1, -(2**63) - 1, 10**20, -(10**40)])
@@ -114,7 +116,11 @@ def test_any_other_repeated_name_has_its_last_value_whichever_way_a_frame_is_rea
 def test_nesting_is_bounded_for_clients_below_what_readers_take() -> None:
     deepest = nested(codec.MAX_GIVEN_DEPTH - 1)
     assert codec.decode_client(frame(type="ping", nonce=deepest)) == [m.Ping(nonce=deepest)]
-    assert refusal(frame(type="ping", nonce=[deepest])).code == "invalid_json"
+    refused = refusal(frame(type="ping", nonce=[deepest]))
+    assert (refused.code, refused.message) == (
+        "invalid_json",
+        f"expected at most {codec.MAX_GIVEN_DEPTH} levels of nesting",
+    )
     assert refusal(b"[" * 500_000).code == "invalid_json"
     assert refusal(b'{"a":' * 900 + b"1" + b"}" * 900).code == "invalid_json"
 
@@ -236,6 +242,12 @@ def test_an_unknown_type_is_told_what_is_known_and_not_echoed_at_length() -> Non
     assert "'type'" in refused.message
     assert "message" in refused.message
     assert len(refused.message) < 300
+
+
+def test_an_unknown_type_is_named_as_far_as_it_is_a_name() -> None:
+    forty = "x" * 40
+    assert f"{forty!r} is not one of abort, answer, " in refusal(frame(type=forty)).message
+    assert f"{forty + '…'!r} is not one of abort, answer, " in refusal(frame(type=forty + "y")).message
 
 
 @pytest.mark.parametrize("tag", ["input", "hello_ok", "", "PING", "ping "])
@@ -484,6 +496,11 @@ def test_what_has_no_json_form_is_a_value_error(value: Any) -> None:
     for write in (codec.dump_json, codec.check_json):
         with pytest.raises(ValueError):
             write(value)
+
+
+def test_what_has_no_json_form_is_named() -> None:
+    with pytest.raises(ValueError, match=r"\bset$"):
+        codec.dump_json({"tags": {1}})
 
 
 def test_what_a_peer_would_refuse_is_refused_when_it_is_written() -> None:

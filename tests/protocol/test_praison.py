@@ -107,6 +107,15 @@ def test_an_opening_becomes_a_hello(first: dict[str, Any], hello: dict[str, Any]
     assert {name: getattr(read, name) for name in hello} == hello
 
 
+def test_version_2_reads_its_own_opening() -> None:
+    raw = json.dumps(HELLO | {"protocol_max": 2, "since": 7}).encode()
+    assert dialects.NATIVE.read_hello(raw) == m.Hello(protocol_min=1, protocol_max=2, agent_id="echo", since=7)
+    for fields, code in (({"protocol_min": 3, "protocol_max": 9}, "protocol_unsupported"), ({}, "invalid_hello")):
+        with pytest.raises(HandshakeRefused) as caught:
+            dialects.NATIVE.read_hello(json.dumps({"type": "hello", "agent_id": "echo"} | fields).encode())
+        assert caught.value.code == code
+
+
 @pytest.mark.parametrize("fields", [
     {"since": "abc"}, {"since": -1}, {"since": True}, {"since": 1.5}, {"session_id": "a b"}, {"session_id": 5},
     {"agent_id": None}, {"agent_id": ""}, {"token": 5},
@@ -286,14 +295,89 @@ def test_an_entry_that_fills_a_frame_of_version_2_is_left_out() -> None:
     assert (state["messages"], state["event_cursor"]) == ([], 18)
 
 
+def test_a_snapshot_of_exactly_a_frame_is_whole() -> None:
+    dialect, _ = golden.joined()
+    given = codec.encode_snapshot(golden.SNAPSHOT, [codec.encode_event(said(4, 100), 4)], [])
+    (whole,) = dialect.snapshot(given)
+    for room, truncated in ((len(whole), False), (len(whole) - 1, True)):
+        dialect.encode(attrs.evolve(golden.HELLO_OK, policy=attrs.evolve(golden.POLICY, max_frame_bytes=room)))
+        (frame,) = dialect.snapshot(given)
+        assert (frame != whole) is truncated
+
+
+def test_after_a_snapshot_in_mid_answer_no_text_is_repeated() -> None:
+    """How much of the answer the snapshot had is not known, as its marks are gone: it comes in the response alone."""
+    log = Log(max_events=9, max_bytes=9_999)
+    log.append(m.TurnStarted(seq=1, first=1, at=1, turn_id="t", request_ids=[]))
+    log.append(m.Output(seq=4, first=2, at=1, turn_id="t", channel="answer", content="three"))
+    dialect = Praison()
+    dialect.attach(log, {})
+    dialect.encode(golden.HELLO_OK)
+    list(dialect.snapshot(codec.encode_snapshot(attrs.evolve(golden.SNAPSHOT, cursor=2), [], [])))
+    (frame,) = dialect.read(log, 2, 9_999).payloads
+    event = json.loads(frame)["event"]
+    assert (event["type"], event["data"]["content"]) == ("response", "three")
+
+
+def test_a_turn_in_a_snapshot_that_has_not_answered_yet() -> None:
+    dialect, _ = golden.joined()
+    turn = attrs.evolve(golden.SNAPSHOT.turn, channels={"reasoning": "hm"})
+    sealed = m.Output(seq=2, first=1, at=1, turn_id="t_1", channel="answer", content="so ", metadata={"more": True})
+    for outputs, shown in (([], []), ([sealed], ["so "]), ([sealed, attrs.evolve(sealed, seq=3)], ["so so "])):
+        given = codec.encode_snapshot(
+            attrs.evolve(golden.SNAPSHOT, turn=turn), [codec.encode_event(event, event.seq) for event in outputs], []
+        )
+        (frame,) = dialect.snapshot(given)
+        assert [event["data"]["content"] for event in json.loads(frame)["state"]["events"]] == shown
+
+
 def test_a_stopped_turn_in_a_snapshot_is_a_message() -> None:
     dialect, _ = golden.joined()
+    part = m.Output(seq=1, first=1, at=1, turn_id="t", channel="answer", content="so ", metadata={"more": True})
     transcript: list[m.Event] = [
-        m.Output(seq=2, first=1, at=1, turn_id="t", channel="answer", content="so ", metadata={"more": True}),
+        part,
+        attrs.evolve(part, seq=2, content="far"),
         m.TurnEnded(seq=3, first=3, at=1, turn_id="t", outcome="lost"),
     ]
     given = codec.encode_snapshot(golden.SNAPSHOT, [codec.encode_event(event, event.seq) for event in transcript], [])
     (frame,) = dialect.snapshot(given)
     state = json.loads(frame)["state"]
-    assert [message["content"] for message in state["messages"]] == ["so "]
+    assert [(message["content"], message["sender_id"], message["metadata"]) for message in state["messages"]] == [
+        ("so far", "echo", {})
+    ]
     assert [event["data"]["content"] for event in state["events"]] == ["four"]
+
+
+def test_a_reply_to_no_question_is_acknowledged_by_its_id() -> None:
+    dialect, _ = golden.joined()
+    list(dialect.decode(b'{"type":"server_reply","request_id":"a_7","value":"yes"}'))
+    answer = json.loads(dialect.encode(m.Error(code="unknown_ask", message="no")) or b"")
+    assert answer == {"type": "server_reply_ack", "request_id": "a_7", "status": "unknown_request"}
+
+
+@pytest.mark.parametrize(
+    ("options", "reply", "value"),
+    [([7, "red"], "7", 7), (["red", 7], "7", 7), (["7", 7], "7", "7"), ([7], "8", "8"), ([[1, 2]], "[1,2]", [1, 2])],
+)
+def test_a_choice_may_be_replied_to_in_json(options: list[Any], reply: str, value: Any) -> None:
+    dialect = Praison()
+    dialect.attach(Log(max_events=1, max_bytes=1), {"a_1": attrs.evolve(golden.ASK, options=options)})
+    raw = json.dumps({"type": "server_reply", "request_id": "a_1", "value": reply}).encode()
+    assert list(dialect.decode(raw)) == [m.Answer(ask_id="a_1", value=value)]
+
+
+def test_what_will_be_wrapped_may_be_nested_less_deep() -> None:
+    dialect, _ = golden.joined()
+    for depth, refused in ((codec.MAX_GIVEN_DEPTH, False), (codec.MAX_GIVEN_DEPTH + 1, True)):
+        nested = "[" * (depth - 2) + "]" * (depth - 2)
+        raw = f'{{"type":"message","content":"hi","metadata":{{"n":{nested}}}}}'.encode()
+        (frame,) = dialect.decode(raw)
+        assert isinstance(frame, FrameError) is refused
+
+
+@pytest.mark.parametrize(("ms", "seconds"), [(0, 0), (1, 1), (1000, 1), (1001, 2), (3_600_000, 3600)])
+def test_a_retry_is_never_before_the_hint(ms: int, seconds: int) -> None:
+    assert json.loads(Praison().encode(refusal("rate_limited", ms)) or b"")["retry_after_seconds"] == seconds
+    dialect, _ = golden.joined()
+    error = m.Error(code="rate_limited", message="slow down", retryable=True, retry_after_ms=ms)
+    assert json.loads(dialect.encode(error) or b"")["retry_after_seconds"] == seconds
