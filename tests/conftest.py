@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import model_server
+import mutation
 import pytest
 
 hypothesis.settings.register_profile(
@@ -20,6 +21,11 @@ hypothesis.settings.register_profile(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also the long forms (marker `long`), which take minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if mutation.VARIABLE in os.environ:
+        config.pluginmanager.register(mutation.Mutants())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
