@@ -348,8 +348,7 @@ class Stream:
         if error is not None:
             frames.append(self._wrap(event, "error", dict(outcome["error"]), event.seq - 1, f"{event.seq}.e"))
         frames.append(self._wrap(event, "stream_end", end, event.seq - 1, f"{event.seq}.s"))
-        head, tail = ("", before) if len(before) <= PIECE else (before[:-PIECE], before[-PIECE:])
-        frames.append(self._final(event, head, tail, answer, outcome))
+        frames.append(self._final(event, before[:-PIECE], before[-PIECE:], answer, outcome))
         return frames
 
 

@@ -18,7 +18,7 @@ from gateway.protocol import marks as marks_module
 from gateway.protocol import messages as m
 from gateway.protocol.cursor import CursorTracker
 from gateway.protocol.log import UNBOUNDED, Chunk, CursorExpired, Log, Tails
-from gateway.protocol.praison_events import WRAPPING, Stream
+from gateway.protocol.praison_events import MOST_KEPT, PIECE, WRAPPING, Answer, Stream
 
 FRAME = 1024 * 1024
 BUDGET = 64 * 1024
@@ -542,6 +542,231 @@ def test_a_client_that_was_cut_right_behind_a_segment_gets_the_others() -> None:
     assert line.client.tokens == {("t1", "answer"): "one "}
     line.catch_up()
     check(writer, line.client)
+
+
+def test_a_client_that_has_the_start_of_a_turn_alone_gets_all_of_its_answer() -> None:
+    writer = unmarked("one ", "two")
+    line = Line(writer)
+    line.read(frames=2)  # the input and the start
+    line.catch_up()
+    check(writer, line.client)
+
+
+def test_text_whose_marks_go_while_it_is_read_is_not_repeated() -> None:
+    writer = Writer()
+    line = Line(writer)
+    writer.start()
+    line.read()
+    for text in ("one ", "two ", "three"):
+        writer.delta(text)
+    writer.end()
+    line.read(budget=1)
+    assert line.client.tokens == {("t1", "answer"): "one "}
+    assert writer.log.marks is not None
+    writer.log.marks.drop(writer.log.head)
+    line.catch_up()
+    assert line.client.tokens == {("t1", "answer"): "one "}
+    assert contents(line.client.finals["t1"]) == "one two three"
+
+
+def test_text_that_was_not_streamed_between_text_that_was() -> None:
+    writer = Writer()
+    line = Line(writer)
+    writer.start()
+    writer.delta("streamed ")
+    line.read()
+    writer.say("said ", more=True)
+    writer.delta("streamed")
+    writer.end()
+    line.catch_up()
+    check(writer, line.client)
+
+
+def test_an_input_that_waits_does_not_part_an_answer() -> None:
+    writer = Writer()
+    writer.start()
+    writer.delta("one ")
+    writer.seal(more=True)
+    cursor = writer.log.head
+    writer.add(m.Input(request_id=m.RequestId("r2"), content="later"))
+    writer.delta("two")
+    writer.end()
+    line = Line(writer)
+    line.client.cursor = cursor
+    line.connect()
+    line.catch_up()
+    assert line.client.tokens == {("t1", "answer"): "two"}
+    assert contents(line.client.finals["t1"]) == "one two"
+
+
+def test_an_answer_whose_beginning_is_gone_is_what_is_left_of_it() -> None:
+    """Nothing behind a response is in it."""
+    writer = Writer(max_events=4)
+    writer.start()
+    for text in ("zero ", "one ", "two "):
+        writer.delta(text)
+        writer.seal(more=True)
+    writer.say("three")
+    writer.say("four ", more=True)
+    assert [entry.event.content for entry in writer.log.entries] == ["one ", "two ", "three", "four "]  # type: ignore[attr-defined]
+    line = Line(writer)
+    line.client.cursor = writer.log.floor
+    line.connect()
+    line.catch_up()
+    (final,) = line.client.finals["t1"]
+    assert (final["content"], final["offset"], final["truncated"]) == ("one two three", None, True)
+
+
+def test_what_is_remembered_of_an_answer() -> None:
+    def output(content: str, turn_id: str = "t", channel: str = "answer", **metadata: bool) -> m.Output:
+        return m.Output(turn_id=turn_id, channel=channel, content=content, metadata=metadata)
+
+    begun = Answer().followed_by(m.TurnStarted(turn_id="t", request_ids=[]))
+    assert begun == Answer("t", whole=True)
+    sealed = begun.followed_by(output("one ", more=True)).followed_by(output("two", partial=True))
+    assert sealed == Answer("t", "one two", whole=True)
+    for event in (output("hm", channel="reasoning"), m.Delta(turn_id="t", channel="answer", text="x")):
+        assert sealed.followed_by(event) == sealed
+    responded = sealed.followed_by(output("end"))
+    assert responded == Answer("t", whole=True, responded=True)
+    assert responded.followed_by(output("more", more=True)) == Answer("t", "more", whole=True, responded=True)
+    assert sealed.followed_by(output("end", "u")) == Answer("u", whole=True, responded=True)
+    assert sealed.followed_by(output("part", "u", more=True)) == Answer("u", "part")
+
+    full = responded.followed_by(output("x" * MOST_KEPT, more=True))
+    assert full == Answer("t", "x" * MOST_KEPT, whole=True, responded=True)
+    over = full.followed_by(output("y", more=True))
+    assert over == Answer("t", "", whole=True, responded=True, skipped=MOST_KEPT + 1)
+    assert over.followed_by(output("z", more=True)) == Answer("t", "z", True, True, MOST_KEPT + 1)
+    again = over.followed_by(output("z" * (MOST_KEPT + 1), more=True))
+    assert again == Answer("t", "", True, True, 2 * MOST_KEPT + 2)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_cut_within_deltas_that_are_one_event(count: int) -> None:
+    for had in range(count):
+        writer = Writer()
+        line = Line(writer)
+        writer.start()
+        writer.deltas([f"{n} " for n in range(count)])
+        line.read(frames=2 + had)
+        writer.delta("more")
+        line.catch_up()
+        writer.end()
+        line.catch_up()
+        check(writer, line.client)
+
+
+def test_a_client_that_had_the_start_of_a_turn_here_gets_its_text_although_both_are_forgotten() -> None:
+    writer = Writer(max_events=2)
+    line = Line(writer)
+    writer.start()
+    line.read()
+    writer.delta("one")
+    writer.end()
+    assert writer.log.floor == line.position
+    assert writer.log.marks is not None
+    writer.log.marks.drop(writer.log.head)
+    line.catch_up()
+    check(writer, line.client)
+
+
+def test_the_size_of_what_is_read_is_that_of_all_its_frames() -> None:
+    writer = Writer()
+    writer.start()
+    writer.deltas(["one ", "two ", "three"])
+    chunk = Line(writer).stream.read(writer.log, 0, BUDGET)
+    assert len(chunk.payloads) == 5
+    assert chunk.size == sum(len(payload) for payload in chunk.payloads)
+
+
+def test_what_is_sealed_behind_a_response_is_in_another() -> None:
+    writer = Writer()
+    line = Line(writer)
+    writer.start()
+    writer.say("one")
+    writer.delta("two")
+    writer.seal(more=True)
+    writer.end()
+    line.catch_up()
+    assert [final["content"] for final in line.client.finals["t1"]] == ["one", "two"]
+
+
+def small(writer: Writer, room: int) -> Line:
+    """A client whose frames have `room` bytes."""
+    line = Line(writer)
+    line.stream = Stream("s", "echo", start=0, max_frame_bytes=room)
+    return line
+
+
+@pytest.mark.parametrize("outcome", ["completed", "aborted"])
+def test_the_response_to_an_answer_beyond_a_frame_is_its_end(outcome: str) -> None:
+    writer = Writer()
+    line = small(writer, 150_000)
+    writer.start()
+    text = "".join(f"{n:9} " for n in range(20_000))
+    for i in range(0, len(text), 50_000):
+        writer.delta(text[i : i + 50_000])
+        if outcome == "aborted":
+            writer.seal(more=True)
+    writer.end(outcome)
+    line.catch_up()
+    (final,) = line.client.finals["t1"]
+    assert (final["offset"], final["content"]) == (len(text) - PIECE, text[-PIECE:])
+    tokens = [event["data"]["content"] for event in line.client.events if event["type"] == "token_stream"]
+    # A segment has a number of its own, and its text went out before; the response is all there is under its number.
+    assert tokens.count("") == (4 if outcome == "aborted" else 0)
+    assert "".join(tokens) == text
+
+
+def test_what_fits_into_a_frame_is_not_cut() -> None:
+    writer = Writer()
+    line = Line(writer)
+    writer.start()
+    writer.say("x" * 500_000, more=True)
+    writer.say("y" * 400_000)
+    writer.end()
+    line.catch_up()
+    assert [len(event["data"]["content"]) for event in line.client.events if event["type"] == "token_stream"] == [
+        500_000
+    ]
+    assert contents(line.client.finals["t1"]) == writer.text["t1", "answer"]
+
+
+def test_pieces_of_one_output_are_told_apart() -> None:
+    """A client leaves out what has an ``event_id`` that it has had."""
+    for channel in ("answer", "reasoning", "notes"):
+        writer = Writer()
+        line = small(writer, 150_000)
+        writer.start()
+        text = "".join(f"{n:9} " for n in range(30_000))
+        writer.add(m.Output(turn_id="t1", channel=channel, content=text, metadata={"more": True}))
+        line.catch_up()
+        assert line.client.repeated == []
+        assert line.client.tokens == {("t1", channel): text}
+
+
+def test_text_that_must_be_shortened_keeps_all_that_fits() -> None:
+    writer = Writer()
+    line = small(writer, 10_000)
+    content = "".join(f"{n:4} " for n in range(2_000))
+    writer.add(m.Input(request_id=m.RequestId("r"), content=content))
+    (payload,) = line.stream.read(writer.log, 0, BUDGET).payloads
+    data = json.loads(payload)["event"]["data"]
+    assert 10_000 - WRAPPING - 200 < len(payload) <= 10_000
+    assert content.startswith(data["content"])
+    assert (data["truncated"], data["request_id"]) == (True, "r")
+
+
+@pytest.mark.parametrize(("size", "twice"), [(100, True), (PIECE, False)])
+def test_a_long_question_is_in_its_event_once(size: int, twice: bool) -> None:
+    writer = Writer()
+    line = Line(writer)
+    writer.add(m.Ask(turn_id="t1", ask_id="a_1", kind="input", prompt="?" * size))
+    line.catch_up()
+    data = line.client.events[0]["data"]
+    assert (data["request_id"], data["request"]["prompt"]) == ("a_1", "?" * size)
+    assert ("prompt" in data) is twice
 
 
 def test_a_snapshot_in_mid_answer_is_where_the_client_starts() -> None:

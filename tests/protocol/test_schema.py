@@ -20,6 +20,7 @@ from gateway.protocol.schema import json_schema
 from gateway.testing.strategies import any_of, json_values, of
 
 SCHEMA = json_schema()
+DEFS = SCHEMA["$defs"]
 
 # JSON Schema takes 1.0 for an integer; the protocol does not, and no schema can say so.
 Strict = extend(
@@ -193,3 +194,30 @@ def test_a_number_as_text_or_truth_is_refused(event: m.Delta) -> None:
         frame = {**plain(event), "seq": wrong}
         assert not GATEWAY.is_valid(frame)
         assert not taken_from_gateway(frame)
+
+
+def test_the_schema_of_an_event_word_for_word() -> None:
+    number = {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}
+    text = {"type": "string"}
+    assert DEFS["Delta"] == {
+        "type": "object",
+        "properties": {
+            "type": {"const": "delta"}, "seq": number, "first": number, "at": number,
+            "turn_id": text, "channel": text, "text": text,
+        },
+        "required": ["type", "seq", "first", "at", "turn_id", "channel", "text"],
+        "description": m.Delta.__doc__,
+        "x-volatile": True,
+    }  # fmt: skip
+    for cls in m.EVENTS.values():
+        assert DEFS[cls.__name__]["required"][:4] == ["type", "seq", "first", "at"]
+    assert DEFS["RunningTurn"]["properties"]["channels"] == {"type": "object", "additionalProperties": text}
+    assert DEFS["RunningTurn"]["properties"]["progress"] == {"type": "object"}
+    assert DEFS["Ask"]["properties"]["options"] == {"type": ["array", "null"], "default": None}
+    assert DEFS["Event"]["description"] == "An entry of a session's log, numbered."
+
+
+def test_what_may_be_left_out_is_marked() -> None:
+    marked = {mark: {name for name in DEFS if mark in DEFS[name]} for mark in ("x-volatile", "x-droppable")}
+    assert marked == {"x-volatile": {"Delta", "Progress"}, "x-droppable": {"Signal", "Presence"}}
+    assert all(DEFS[name][mark] is True for mark, names in marked.items() for name in names)
