@@ -108,8 +108,10 @@ class Stream:
         self._answer = Answer()
         self._began = ""
         """The turn whose start the client got on this connection."""
-        self._told = ""
-        """The turn of which the client has got text by the delta."""
+        self._told: set[tuple[str, str]] = set()
+        """The running turn's channels of which the client has got text by the delta."""
+        self._holed: set[tuple[str, str]] = set()
+        """Those of which something is missing: there is no more of them until the response."""
         self._session_id = session_id
         self._agent_id = agent_id
         self._room = max_frame_bytes - WRAPPING
@@ -126,7 +128,8 @@ class Stream:
         """A snapshot brought the client to `cursor`, maybe into the middle of an answer; its sequence goes on."""
         self._start = cursor
         self._answer = Answer()
-        self._began = self._told = ""
+        self._began = ""
+        self._told, self._holed = set(), set()
 
     def read(self, log: Log, cursor: int, budget: int) -> Chunk:
         """What follows `cursor`, as `Log.read`. Each call continues the sequence, so its result must be sent.
@@ -153,20 +156,25 @@ class Stream:
             # All of an event or nothing: only its last frame moves the client past it.
             if size >= budget:
                 break
-            frames = self._frames(log, index)
+            event = entry.event
+            frames = [] if type(event) is m.Delta and _text_of(event) in self._holed else self._frames(log, index)
             if parts > 1 and entry.seq - parts < position:
                 frames = frames[position - entry.seq :]
             size += self._append(payloads, frames)
             position = entry.seq
-            self._note(entry.event)
+            self._note(event)
         return Chunk(payloads, position, size)
 
     def _note(self, event: m.Event) -> None:
         if type(event) is m.Delta:
-            self._told = event.turn_id
+            self._told.add(_text_of(event))
         else:
             if type(event) is m.TurnStarted:
                 self._began = event.turn_id
+                self._told, self._holed = set(), set()
+            elif type(event) is m.Output and _responds(event):
+                self._told.discard(_text_of(event))
+                self._holed.discard(_text_of(event))
             self._answer = self._answer.followed_by(event)
 
     def _append(self, payloads: list[bytes], frames: list[Frame]) -> int:
@@ -183,7 +191,9 @@ class Stream:
         """The deltas above `low` up to `high`, whose numbers the entry at `index` covers."""
         if log.marks is not None:
             for seq, output, begin, end in merge(*log.marks.deltas(low, high)):
-                self._told = output.turn_id
+                if _text_of(output) in self._holed:
+                    continue
+                self._told.add(_text_of(output))
                 yield self._text(seq, output, output.content[begin:end])
         event = log.entries[index].event
         if type(event) is not m.Output or not _responds(event) or not self._fits(event.content):
@@ -196,7 +206,7 @@ class Stream:
 
         So it is if it started before the turn, or right behind one of its outputs; anywhere else it may have a part.
         """
-        if self._told == output.turn_id:
+        if _text_of(output) in self._told:
             return False
         if self._began == output.turn_id:
             return True
@@ -283,7 +293,10 @@ class Stream:
     def _output(self, log: Log, index: int, event: m.Output) -> list[Frame]:
         streamed = _streamed(log, event)
         if streamed is None:
-            streamed = 0 if self._unread(log, index, event) else len(event.content)
+            unread = self._unread(log, index, event)
+            streamed = 0 if unread else len(event.content)
+            if not unread:
+                self._holed.add(_text_of(event))
         rest = event.content[streamed:]
         if not _responds(event):
             # Nothing else goes out under this number: room for text that came without deltas. There rarely is any.
@@ -354,6 +367,10 @@ class Stream:
 
 def _streamed(log: Log, output: m.Output) -> int | None:
     return None if log.marks is None else log.marks.streamed(output)
+
+
+def _text_of(event: m.Delta | m.Output) -> tuple[str, str]:
+    return event.turn_id, event.channel
 
 
 def _responds(output: m.Output) -> bool:
