@@ -31,6 +31,11 @@ URL = "ws://simulated/ws"
 EXPECTED_CLOSES = (1000, 1006, 1011, 1012, 1013, 4408)
 """How a gateway may close a client that does nothing wrong. 1006: the line broke; 1011: the session's disk did."""
 
+TOKEN_SLACK_MS = 2_500
+"""How long after its token's end a connection on a good line may still be there: it is looked at now and then."""
+
+REFRESH_ERRORS = ("token_rejected", "rate_limited", "unavailable")
+
 FINAL_ERRORS = ("request_id_conflict", "busy")
 """Errors after which a message is not sent again."""
 
@@ -100,9 +105,21 @@ class Wire:
     pending: list[Pending] = field(factory=list)
     credit: int | None = None
     """What the client was last told on this connection."""
+    expires: int | None = None
+    """Until when the token is good that counts, in ms; None for ever."""
     joined: bool = False
     refused: bool = False
     over: bool = False
+
+    @property
+    def expired(self) -> bool:
+        return self.expires is not None and self.expires <= trio.current_time() * 1000
+
+    def outlives_its_token(self, now: float) -> bool:
+        """Whether the gateway should have closed it."""
+        if self.expires is None or any(item.kind == "refresh" for item in self.pending):
+            return False
+        return now * 1000 > self.expires + TOKEN_SLACK_MS
 
 
 class RawClient:
@@ -130,19 +147,24 @@ class RawClient:
         wire = self.wire
         return self.joined and wire is not None and not wire.pending and not self.unanswered
 
-    def connect(self, link: Link) -> None:
-        """Open a new connection and forget the old one, whatever state that is in."""
+    def connect(self, link: Link, lifetime: int = 0) -> None:
+        """Open a new connection and forget the old one, whatever state that is in.
+
+        Args:
+            lifetime: of its token, in ms; 0 for ever.
+        """
         if self.wire is not None:
             self.wire.scope.cancel()
         history = self.model.history
         self.wire = Wire(link, self.model.cursor, history.epoch if history else None)
+        self.wire.expires = _until(lifetime)
         self.model.lost()
         self.world.spawn(self._run, self.wire)
 
     def _note(self, what: str) -> None:
         self.world.note(self.name, what)
 
-    async def _run(self, wire: Wire) -> None:
+    def _hello(self, wire: Wire) -> Json:
         hello = {
             "type": "hello",
             "protocol_min": 2,
@@ -150,30 +172,30 @@ class RawClient:
             "agent_id": "agent",
             "session_id": self.session_id,
             "since": wire.since,
-            "token": self.subject,
+            "token": _token(self.subject, wire.expires),
         }
-        if wire.epoch is not None:
-            hello["epoch"] = wire.epoch
+        return hello if wire.epoch is None else {**hello, "epoch": wire.epoch}
+
+    async def _run(self, wire: Wire) -> None:
         try:
             with wire.scope:
                 async with dial(
                     URL, stream=wire.link.stream, connect_timeout=5, send_timeout=5, close_timeout=0.5
                 ) as ws:
                     self._note(f"-> hello since {wire.since}")
-                    await ws.send(json.dumps(hello).encode())
+                    await self._transmit(ws, wire, self._hello(wire))
                     async with trio.open_nursery() as nursery:
                         # Ends with the reader below, or when the line does.
                         nursery.start_soon(self._write, ws, wire)
                         while True:
                             raw = await ws.receive()
                             if wire is self.wire:
-                                for frame in _frames(raw):
-                                    self._take(wire, frame)
+                                self._receive(wire, raw)
         except* ConnectionLost as group:
             lost = _leaf(group)
             assert isinstance(lost, ConnectionLost)
             self._note(f"lost: {lost.code} {lost.reason}")
-            self.world.check_close(lost.code, wire.refused)
+            self.world.check_close(lost.code, wire.refused or (lost.code == 4401 and wire.expired))
         finally:
             wire.over = True
             if wire is self.wire:
@@ -183,8 +205,15 @@ class RawClient:
         while True:
             wake = wire.wake
             while wire.outbox:
-                await ws.send(json.dumps(wire.outbox.popleft()).encode())
+                await self._transmit(ws, wire, wire.outbox.popleft())
             await wake.wait()
+
+    async def _transmit(self, ws: ClientSocket, wire: Wire, frame: Json) -> None:
+        await ws.send(json.dumps(frame).encode())
+
+    def _receive(self, wire: Wire, raw: bytes) -> None:
+        for frame in _frames(raw):
+            self._take(wire, frame)
 
     def _push(self, frame: Json, key: str = "", content: str = "") -> bool:
         wire, history = self.wire, self.model.live
@@ -251,11 +280,18 @@ class RawClient:
             ask_id = asks[0] if asks else "none"
             self._push({"type": "answer", "ask_id": ask_id, "value": value}, ask_id)
 
+    def refresh(self, lifetime: int, other: bool = False) -> None:
+        """Show another token, good for `lifetime` ms; or one of somebody `other`."""
+        if self.joined:
+            until = _until(lifetime)
+            token = _token("mallory" if other else self.subject, until)
+            self._push({"type": "refresh", "token": token}, token)
+
     def say(self, kind: str) -> None:
         """Send one of ``ping``, ``resync``, ``leave`` or ``signal``."""
         if kind == "signal":
             self._push({"type": "signal", "name": "typing", "data": self.name})
-        else:
+        elif kind != "stop":  # which is a word of dialect 1
             self._push({"type": kind})
 
     # what it gets
@@ -271,7 +307,7 @@ class RawClient:
             wire.joined = True
         elif kind == "hello_error":
             wire.refused = True
-            if not frame["retryable"]:
+            if not frame["retryable"] and not wire.expired:
                 raise Violation("well_behaved_clients_are_served", (20,), f"{self.name} is refused: {frame}")
         elif kind == "snapshot":
             model.snapshot(frame, self.world.history(self.session_id, frame["epoch"]))
@@ -293,6 +329,8 @@ class RawClient:
             self._answered(wire, "ping")
         elif kind == "left":
             self._answered(wire, "leave")
+        elif kind == "refreshed":
+            self._refreshed(wire, frame["expires_at"])
         elif kind == "error":
             self._refused(wire, frame)
         elif kind == "ping":
@@ -321,10 +359,37 @@ class RawClient:
             admitted = self._admitted(wire, request_id)
             item = self._answered(wire, "message", request_id, lambda item: conflict and item.content == admitted)
             self._check_refused(request_id, item, code)
+        elif any(item.kind == "refresh" for item in wire.pending) and code in REFRESH_ERRORS:
+            self._refresh_refused(wire, code)
         elif code == "rate_limited":
             self._answered(wire, "abort")
         else:
             raise Violation("every_reply_has_its_request", (6,), f"{self.name} got {frame}")
+
+    def _refreshed(self, wire: Wire, expires: int | None) -> None:
+        item = self._answered(wire, "refresh")
+        subject, until = _read_token(item.key)
+        if subject != self.subject or until != expires:
+            raise Violation("refreshes_are_judged", (19,), f"{self.name} showed {item.key}, got {expires}")
+        if wire.expires is None or until is None or until < wire.expires:
+            raise Violation("refreshes_are_judged", (19,), f"{item.key} is taken, the token was good to {wire.expires}")
+        wire.expires = until
+
+    def _refresh_refused(self, wire: Wire, code: str) -> None:
+        asked = [item for item in wire.pending if item.kind == "refresh"]
+        item = asked[-1] if code == "rate_limited" else asked[0]
+        wire.pending.remove(item)
+        subject, until = _read_token(item.key)
+        assert until is not None
+        worse = subject != self.subject or wire.expires is None or until < wire.expires
+        good = {
+            "token_rejected": worse or until <= trio.current_time() * 1000,
+            "rate_limited": len(asked) > 1,
+            # Less a millisecond: sums of times are not exact.
+            "unavailable": trio.current_time() - item.since >= self.world.limits.handshake_timeout_ms / 1000 - 0.001,
+        }
+        if not good[code]:
+            raise Violation("refreshes_are_judged", (19,), f"{item.key} is refused as {code}, there is {wire.expires}")
 
     def _admitted(self, wire: Wire, request_id: str) -> str | None:
         """Of an id with several contents, the one that counts: what is stored, or else came first."""
@@ -492,6 +557,20 @@ def _frames(raw: bytes) -> list[Json]:
     return parsed if isinstance(parsed, list) else [parsed]
 
 
+def _until(lifetime: int) -> int | None:
+    """When a token ends that is good for so many ms, from now on; 0 is for ever."""
+    return int(trio.current_time() * 1000) + lifetime if lifetime else None
+
+
+def _token(subject: str, until: int | None) -> str:
+    return subject if until is None else f"{subject}@{until}"
+
+
+def _read_token(token: str) -> tuple[str, int | None]:
+    subject, _, until = token.partition("@")
+    return subject, int(until) if until else None
+
+
 def _leaf(group: BaseException) -> BaseException:
     while isinstance(group, BaseExceptionGroup):
         group = group.exceptions[0]
@@ -501,7 +580,14 @@ def _leaf(group: BaseException) -> BaseException:
 def _brief(frame: Json) -> str:
     """A frame in half a line."""
     kind = frame["type"]
-    if kind == "hello_ok":
+    if kind == "replay":
+        event = frame["event"]
+        data = {key: value for key, value in event["data"].items() if key not in ("session_id", "cursor", "seq")}
+        return f"{event['type']} {frame['seq']} #{event['sequence']} {_short(data)}"
+    if kind == "snapshot" and "epoch" not in frame:
+        state = frame["state"]
+        return f"snapshot at {state['event_cursor']}, {len(state['messages'])} messages, {len(state['events'])} events"
+    if kind == "hello_ok" and frame["protocol"] == 2:
         resync = f" resync {frame['resync_reason']}" if frame["resync_required"] else ""
         return (
             f"hello_ok {frame['epoch']} cursor {frame['cursor']} of {frame['oldest_cursor']}..{frame['head']}{resync}"

@@ -23,12 +23,13 @@ T = TypeVar("T")
 
 @frozen
 class Commit:
-    """One transaction: a session that is created (`record`), or a batch of its events and its reservation."""
+    """One transaction: a session is created (`record`) or `purged`, or a batch of its events with its reservation."""
 
     session_id: str
-    reserved: int
+    reserved: int = 0
     record: SessionRecord | None = None
     batch: tuple[Stored, ...] = ()
+    purged: bool = False
 
 
 def _at_once(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -38,6 +39,10 @@ def _at_once(coroutine: Coroutine[Any, Any, T]) -> T:
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
     raise AssertionError("a memory store does not wait")
+
+
+KEPT_MS = 60 * 60_000
+"""What nobody uses is purged after so long without activity."""
 
 
 class Disk:
@@ -98,6 +103,8 @@ class Disk:
     def _write(self, commit: Commit) -> None:
         if commit.record is not None:
             _at_once(self._memory.create(commit.record, commit.reserved))
+        elif commit.purged:
+            _at_once(self._memory.delete(commit.session_id))
         else:
             _at_once(self._memory.append(commit.session_id, commit.batch, commit.reserved))
         self.commits.append(commit)
@@ -132,6 +139,22 @@ class Disk:
             coroutine.close()
             raise
         return _at_once(coroutine)
+
+    async def purge(self, store: DiskStore, now: int, in_use: Container[str]) -> int:
+        """Remove the sessions that are old, finished and not in use, each in the step in which that was seen."""
+        await trio.lowlevel.checkpoint()
+        await trio.sleep(self.before)
+        await self._alive(store)
+        old = [
+            session_id
+            for session_id, item in self._memory._sessions.items()
+            if now - item.active_at > KEPT_MS and not (item.turn or item.inputs or session_id in in_use)
+        ]
+        for session_id in old:
+            commit = Commit(session_id, purged=True)
+            self._write(commit)
+            self._on_commit(commit)
+        return len(old)
 
     async def _alive(self, store: DiskStore) -> None:
         if store is not self._owner:
@@ -176,5 +199,4 @@ class DiskStore(Store):
         return await self._disk.read(self, self._disk._memory.unfinished())
 
     async def purge(self, *, now: int, in_use: Container[str]) -> Purged:
-        await trio.lowlevel.checkpoint()
-        return Purged()  # a simulated world does not grow old enough
+        return Purged(sessions=await self._disk.purge(self, now, in_use))

@@ -21,10 +21,11 @@ from gateway.testing.determinism import scheduled_by
 from gateway.testing.model import Violation
 from gateway.testing.simulate import LIMITS, WORDS, first_violation
 from gateway.testing.stage import Stage
-from gateway.testing.world import LIBRARY, RAW, Step, World
+from gateway.testing.world import LIBRARY, PRAISON, RAW, SESSIONS, Step, World
 
-clients = st.sampled_from([*RAW, *LIBRARY])
-raw_clients = st.sampled_from(list(RAW))
+clients = st.sampled_from(list(SESSIONS))
+raw_clients = st.sampled_from([*RAW, *PRAISON])
+native_clients = st.sampled_from(list(RAW))
 library_clients = st.sampled_from(list(LIBRARY))
 
 scripts = st.lists(st.sampled_from(WORDS), max_size=4).flatmap(
@@ -41,6 +42,7 @@ PROCESS = [
     ("crash", {"lose": 3, "cut": True}),
     ("drain", {}),
     ("break", {}),
+    ("purge", {}),
 ]
 
 
@@ -82,13 +84,24 @@ class GatewayMachine(RuleBasedStateMachine):
             self._perform("join", who)
         self._perform(do, who, **how)
 
-    @initialize(seed=st.integers(0, 2**16), limits=st.sampled_from(sorted(LIMITS)))
-    def begin(self, seed: int, limits: str) -> None:
+    @initialize(
+        seed=st.integers(0, 2**16),
+        limits=st.sampled_from(sorted(LIMITS)),
+        on_lost=st.sampled_from(["end", "retry"]),
+    )
+    def begin(self, seed: int, limits: str, on_lost: str) -> None:
         self._stack.enter_context(scheduled_by(seed))
         self._stage = Stage()
         agent = type(self).__dict__.get("agent", self.agent)
         self._world = self._stage.do(
-            lambda: World(self._stage.nursery, seed=seed, limits=LIMITS[limits], agent=agent, texts=tuple(self.texts))
+            lambda: World(
+                self._stage.nursery,
+                seed=seed,
+                limits=LIMITS[limits],
+                on_lost=on_lost,
+                agent=agent,
+                texts=tuple(self.texts),
+            )
         )
         self._perform("start")
         self._perform("join", "c1")
@@ -123,7 +136,7 @@ class GatewayMachine(RuleBasedStateMachine):
     def abort(self, who: str, scope: str) -> None:
         self._ask("abort", who, scope=scope)
 
-    @rule(who=raw_clients)
+    @rule(who=native_clients)
     def withdraw(self, who: str) -> None:
         self._ask("abort", who, newest=True)
 
@@ -131,7 +144,15 @@ class GatewayMachine(RuleBasedStateMachine):
     def answer(self, who: str, value: Any) -> None:
         self._ask("answer", who, value=value)
 
-    @rule(who=raw_clients, what=st.sampled_from(["ping", "signal", "leave"]))
+    @rule(who=native_clients, join=st.booleans(), lifetime=st.sampled_from([1, 400, 4_000]), other=st.booleans())
+    def another_token(self, who: str, join: bool, lifetime: int, other: bool) -> None:
+        """Join with a token that ends soon, or show one on the connection that is there."""
+        if join:
+            self._perform("join", who, lifetime=lifetime)
+        else:
+            self._ask("refresh", who, lifetime=lifetime, other=other)
+
+    @rule(who=raw_clients, what=st.sampled_from(["ping", "signal", "stop", "leave"]))
     def say(self, who: str, what: str) -> None:
         self._ask(what, who)
 
@@ -165,6 +186,10 @@ class GatewayMachine(RuleBasedStateMachine):
     def process(self, what: tuple[str, dict[str, Any]]) -> None:
         """The process is killed and started again, or drained, or one of its writes fails in a way it cannot mend."""
         self._perform(what[0], **what[1])
+
+    @rule(delay=st.sampled_from([0, 60, 5_000]))
+    def authenticator(self, delay: int) -> None:
+        self._perform("auth", delay=delay)
 
     @rule(before=st.sampled_from([0, 20, 300]), after=st.sampled_from([0, 20]), full=st.booleans())
     def disk(self, before: int, after: int, full: bool) -> None:

@@ -20,6 +20,7 @@ Json = dict[str, Any]
 P = ParamSpec("P")
 
 VOLATILE = ("delta", "progress")
+MOST_ATTEMPTS = 3
 TRANSCRIPT = ("input", "output", "tool_call", "tool_result", "answered", "turn_ended")
 
 
@@ -333,6 +334,30 @@ def inputs_are_taken_once(history: History) -> Iterator[str]:
                 waiting.discard(request_id)
         elif kind == "turn_ended":
             lost = running if event["outcome"] == "lost" else []
+
+
+@invariant(5, group=ALWAYS)
+def lost_turns_are_tried_again(history: History) -> Iterator[str]:
+    """Where an agent asked for it, what a lost turn ran for runs next, MOST_ATTEMPTS times at most; elsewhere never."""
+    lost: Json | None = None
+    running: Json | None = None
+    interrupts: set[str] = set()
+    for event in history.log:
+        kind = event["type"]
+        if kind == "input" and "interrupt" in history.modes.get(event["request_id"], ()):
+            interrupts.add(event["request_id"])
+        elif kind == "withdrawn":
+            interrupts.discard(event["request_id"])
+        elif kind == "turn_started":
+            if event["attempt"] > (MOST_ATTEMPTS if history.retries else 1):
+                yield f"{event['turn_id']} is attempt {event['attempt']}"
+            if lost is not None and not interrupts and event["attempt"] != lost["attempt"] + 1:
+                yield f"{lost['turn_id']} was lost, next comes attempt {event['attempt']} of {event['request_ids']}"
+            interrupts.difference_update(event["request_ids"])
+            running, lost = event, None
+        elif kind == "turn_ended":
+            again = event["outcome"] == "lost" and history.retries
+            lost = running if again and running is not None and running["attempt"] < MOST_ATTEMPTS else None
 
 
 @invariant(5, group=ALWAYS)

@@ -19,12 +19,15 @@ the sans-I/O core as for a gateway in another process.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
 from gateway.testing import invariants as that
 from gateway.testing.invariants import Violation, check_always, check_at_rest
+
+if TYPE_CHECKING:
+    from gateway.testing.model1 import PraisonView
 
 __all__ = ["Client", "Fold", "History", "Violation", "Word", "Work", "check_always", "check_at_rest"]
 
@@ -75,6 +78,7 @@ class History:
         work: what the agent did, by turn. Epochs of one session share it, as they share `sent`, `modes` and `causes`.
         causes: how often happened what may end a turn: ``abort``, ``interrupt``, ``crash``, ``failure``, ``drain``.
         max_turn_ms: how long a turn may run before it is ended as ``timed_out``.
+        retries: whether a lost turn is tried again.
     """
 
     session_id: str
@@ -82,12 +86,13 @@ class History:
     log: list[Json] = field(factory=list)
     reserved: int = 0
     max_turn_ms: int = 0
+    retries: bool = False
     sent: dict[str, list[str]] = field(factory=dict)
     modes: dict[str, set[str]] = field(factory=dict)
     told: dict[str, int] = field(factory=dict)
     work: dict[str, Work] = field(factory=dict)
     causes: Counter[str] = field(factory=Counter)
-    clients: list[Client] = field(factory=list)
+    clients: list[Client | PraisonView] = field(factory=list)
     by_seq: dict[int, Json] = field(factory=dict)
     shown: dict[int, tuple[str, str]] = field(factory=dict)
     """Volatile events that somebody saw: ``seq`` → (type, turn)."""

@@ -27,27 +27,31 @@ from attrs import evolve, field, frozen
 
 from gateway.testing.determinism import scheduled_by
 from gateway.testing.model import Json, Violation
-from gateway.testing.world import DEEP, LIBRARY, RAW, ROOMY, TIGHT, Step, World
+from gateway.testing.world import DEEP, LIBRARY, PRAISON, RAW, ROOMY, SESSIONS, TIGHT, Step, World
 
 LIMITS = {"tight": TIGHT, "deep": DEEP, "roomy": ROOMY}
 
 
 @frozen
 class Plan:
-    """A history before it happens. `seed` is for the schedule; `limits` names one of `LIMITS`."""
+    """A history before it happens. `seed` is for the schedule; `limits` names one of `LIMITS`; `on_lost` is as for an
+    agent: what becomes of a turn that a crash cut off, ``end`` or ``retry``."""
 
     seed: int
     limits: str
     steps: tuple[Step, ...]
+    on_lost: str = "end"
 
     def as_json(self) -> Json:
         """For a file; `from_json` reads it."""
-        return {"seed": self.seed, "limits": self.limits, "steps": [step.as_json() for step in self.steps]}
+        steps = [step.as_json() for step in self.steps]
+        return {"seed": self.seed, "limits": self.limits, "on_lost": self.on_lost, "steps": steps}
 
     @classmethod
     def from_json(cls, data: Json) -> Plan:
         """The plan of a file that `as_json` made."""
-        return cls(data["seed"], data["limits"], tuple(Step(**step) for step in data["steps"]))
+        steps = tuple(Step(**step) for step in data["steps"])
+        return cls(data["seed"], data["limits"], steps, data.get("on_lost", "end"))
 
 
 @frozen
@@ -79,9 +83,11 @@ class _Theme:
     world: dict[str, int] = field(factory=dict)
     words: tuple[str, ...] = ()
     modes: tuple[str, ...] = ("queue", "queue", "queue", "queue", "interrupt", "steer", "collect", "collect", "reject")
+    praison: bool = False
+    """Whether those of dialect 1 are there from the start."""
 
 
-_CLIENTS = {"send": 10, "burst": 1, "come": 3, "abort": 2, "answer": 2, "say": 1, "fault": 2}
+_CLIENTS = {"send": 10, "burst": 1, "come": 3, "abort": 2, "answer": 2, "say": 1, "fault": 2, "refresh": 1, "leave": 0}
 
 _THEMES = (
     _Theme(),
@@ -90,6 +96,9 @@ _THEMES = (
     _Theme(clients={"fault": 9, "say": 4}, words=("long:12", "long:40", "sleep:200")),
     _Theme(clients={"come": 8}, world={"crash": 12, "drain": 4}),
     _Theme(world={"slow": 9, "full": 9, "break": 4}),
+    _Theme(clients={"come": 6, "fault": 5}, words=("long:12", "say:12", "sleep:200"), praison=True),
+    _Theme(clients={"refresh": 8, "come": 6}, world={"auth": 12}),
+    _Theme(clients={"come": 2, "leave": 8}, world={"purge": 16, "crash": 5, "wait": 10}),
 )
 """Each is met in depth by some histories, and all mixed by others."""
 
@@ -99,12 +108,14 @@ def plan(seed: int) -> Plan:
     draw = random.Random(seed)
     theme = draw.choice(_THEMES)
     steps = [Step("start")]
-    names = [*RAW, *LIBRARY]
+    names = list(SESSIONS)
     draw.shuffle(names)
     if draw.random() < 0.5:  # everyone in one session
-        names = [name for name in names if {**RAW, **LIBRARY}[name] == "s1"]
+        names = [name for name in names if SESSIONS[name] == "s1"]
+    if theme.praison:
+        names.sort(key=lambda name: name not in PRAISON)
     present = names[: draw.randint(2, len(names))]
-    steps += [Step("join" if name in RAW else "open", name, draw.choice([1, 1, 20])) for name in present]
+    steps += [Step("open" if name in LIBRARY else "join", name, draw.choice([1, 1, 20])) for name in present]
     clients = {**_CLIENTS, **theme.clients}
     world = {kind: theme.world.get(kind, weight) for kind, (weight, _) in _WORLD.items()}
     pace = draw.choice([3, 30, 300])
@@ -117,7 +128,9 @@ def plan(seed: int) -> Plan:
             kind = draw.choices(list(world), list(world.values()))[0]
             drawn = [_WORLD[kind][1](draw)]
         steps += [evolve(drawn[0], after=after), *drawn[1:]]
-    return Plan(seed, draw.choice(["tight", "tight", "deep", "roomy"]), tuple(steps))
+    return Plan(
+        seed, draw.choice(["tight", "tight", "deep", "roomy"]), tuple(steps), draw.choice(["end", "end", "retry"])
+    )
 
 
 def _script(draw: random.Random, theme: _Theme) -> str:
@@ -130,7 +143,7 @@ def _script(draw: random.Random, theme: _Theme) -> str:
 
 
 def _client_steps(draw: random.Random, name: str, kind: str, theme: _Theme) -> list[Step]:
-    raw = name in RAW
+    raw = name not in LIBRARY
     if kind in ("send", "burst"):
         mode = draw.choice(theme.modes)
         steps = []
@@ -141,15 +154,25 @@ def _client_steps(draw: random.Random, name: str, kind: str, theme: _Theme) -> l
             steps.append(Step("send", name, how=how))
         return steps
     if kind == "come":
-        return [Step("join", name) if raw else Step(draw.choice(["open", "sulk", "take", "take"]), name)]
+        if not raw:
+            return [Step(draw.choice(["open", "sulk", "take", "take"]), name)]
+        lifetime = draw.choice([0, 0, 300, 3000]) if name in RAW else 0
+        return [Step("join", name, how={"lifetime": lifetime} if lifetime else {})]
+    if kind == "refresh":
+        how = {"lifetime": draw.choice([1, 500, 3000, 10_000]), "other": draw.random() < 0.1}
+        return [Step("refresh", name, how=how)] if name in RAW else [Step("join" if raw else "take", name)]
+    if kind == "leave":
+        return [Step("leave" if raw else "cut", name)]
     if kind == "abort":
         how = {"scope": draw.choice(["turn", "queue", "all", "all"])}
-        if raw:
+        if name in RAW:
             how["newest"] = draw.random() < 0.2
         return [Step("abort", name, how=how)]
     if kind == "answer":
         return [Step("answer", name, how={"value": draw.choice([True, True, False, "a", "b", "c", 1])})]
     if kind == "say":
+        if name in PRAISON:
+            return [Step(draw.choice(["ping", "leave", "stop", "stop"]), name)]
         return [Step(draw.choice(["ping", "resync", "leave", "signal"]) if raw else "resync", name)]
     fault = draw.choice(["cut", "cut", "stall", "stall", "unstall", "unstall", "truncate"])
     how = {}
@@ -176,6 +199,8 @@ _WORLD: dict[str, tuple[int, Callable[[random.Random], Step]]] = {
     "garbage": (1, lambda draw: Step("garbage", how={"data": draw.choice(_JUNK)})),
     "stranger": (1, lambda draw: Step("stranger", how={"session_id": draw.choice(["s1", "s2"])})),
     "wait": (2, lambda draw: Step("wait")),
+    "auth": (1, lambda draw: Step("auth", how={"delay": draw.choice([0, 1, 60, 800, 5000])})),
+    "purge": (1, lambda draw: Step("purge")),
 }
 
 
@@ -194,11 +219,14 @@ def run(plan: Plan, agent: Any = None, texts: Sequence[str] = ()) -> Outcome:
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            world = World(nursery, seed=plan.seed, limits=LIMITS[plan.limits], agent=agent, texts=texts)
+            world = World(
+                nursery, seed=plan.seed, limits=LIMITS[plan.limits], on_lost=plan.on_lost, agent=agent, texts=texts
+            )
             worlds.append(world)
             for step in plan.steps:
                 if step.after:
                     await trio.sleep(step.after / 1000)
+                    world.check_clients()
                 world.perform(step)
             await world.come_to_rest()
             await world.end()

@@ -24,16 +24,18 @@ from typing import Any
 import trio
 from attrs import asdict, define, evolve, field, frozen
 
+from gateway.agents import as_agent
 from gateway.config import Config, Limits, Server
 from gateway.errors import ConnectionLost
 from gateway.protocol import codec
 from gateway.server import Gateway, Identity, open_gateway
 from gateway.server.auth import unauthorized
-from gateway.session import Sources
+from gateway.session import Registered, Sources
 from gateway.store import SessionRecord
 from gateway.testing.actors import EXPECTED_CLOSES, LibraryClient, Link, RawClient
-from gateway.testing.disk import Commit, Disk, DiskStore
+from gateway.testing.disk import KEPT_MS, Commit, Disk, DiskStore
 from gateway.testing.model import History, Json, Violation, check_always, check_at_rest
+from gateway.testing.praison_client import PraisonClient
 from gateway.testing.scripted import ScriptedAgent
 from gateway.transport.memory import MemoryByteStream, memory_pair
 
@@ -62,6 +64,9 @@ DEEP = evolve(TIGHT, replay_max_events=10_000, max_inbox=8, tail_max_bytes=1024)
 
 ROOMY = evolve(TIGHT, replay_max_events=10_000, max_inbox=64, snapshot_max_events=200, idle_session_ms=60_000)
 
+FAR = 1 << 62
+"""Above every number."""
+
 CAPACITY = 4 * 1024
 """Bytes in flight on a line: small, so that a client that does not read blocks its connection."""
 
@@ -74,6 +79,9 @@ PROMPT_SECONDS = 1.5
 SUBJECTS = {"s1": "alice", "s2": "bob"}
 RAW = {"c1": "s1", "c2": "s1", "c3": "s2"}
 LIBRARY = {"p1": "s1", "p2": "s2"}
+PRAISON = {"d1": "s1", "d2": "s2"}
+SESSIONS = {**RAW, **LIBRARY, **PRAISON}
+"""Who is in which session: those who speak version 2 themselves, those who use the library, those of dialect 1."""
 
 
 @frozen
@@ -100,6 +108,7 @@ class Process:
     number: int
     store: DiskStore
     scope: trio.CancelScope = field(factory=trio.CancelScope)
+    purging: trio.CancelScope = field(factory=trio.CancelScope)
     gateway: Gateway | None = None
     drain: trio.Event = field(factory=trio.Event)
     drained: bool = False
@@ -112,6 +121,7 @@ class World:
     Args:
         nursery: owns all tasks of the world.
         seed: for what the gateway takes by chance, and for its clock's jitter.
+        on_lost: what becomes of turns that a crash cut off: ``end`` or ``retry``.
         agent: anything `gateway.open_gateway` takes; by default a `ScriptedAgent`.
         texts: with an agent that follows no scripts: what clients send instead of them, one after the other.
     """
@@ -122,6 +132,7 @@ class World:
         *,
         seed: int = 0,
         limits: Limits = TIGHT,
+        on_lost: str = "end",
         agent: Any = None,
         texts: Sequence[str] = (),
     ) -> None:
@@ -130,7 +141,11 @@ class World:
         self._random = random.Random(seed)
         self._ids = itertools.count(1)
         self.limits = limits
+        self.on_lost = on_lost
         self.agent = agent or ScriptedAgent(self)
+        self._registered = Registered(
+            as_agent(self.agent, name="agent"), limits.max_detached_ms, retry_lost=on_lost == "retry"
+        )
         self.started_at = trio.current_time()
         self.trace: list[str] = []
         self.disk = Disk(
@@ -146,7 +161,13 @@ class World:
         self.delay = 0.0
         self.resting = False
         self.injected_failures = 0
+        self.auth_delay = 0.0
+        self._strangers = self._purges = 0
+        self._marked: dict[object, int] = {}
+        """Sessions in memory that somebody of dialect 1 has joined: how long their logs were then."""
         self.raw = {name: RawClient(self, name, session, SUBJECTS[session]) for name, session in RAW.items()}
+        for name, session in PRAISON.items():
+            self.raw[name] = PraisonClient(self, name, session, SUBJECTS[session], joins=name == "d2")
         self.library = {
             name: LibraryClient(self, name, session, SUBJECTS[session]) for name, session in LIBRARY.items()
         }
@@ -225,9 +246,18 @@ class World:
         if turn_id in running:
             running.remove(turn_id)
 
-    def check_close(self, code: int, refused: bool) -> None:
-        """A client's connection ended with `code`."""
-        if refused:
+    def marks_of(self, session_id: str, head: int) -> tuple[object, int]:
+        """Somebody of dialect 1 joins a session: the session as the present process has it in memory, and after which
+        number it cannot have forgotten how answers were streamed."""
+        process = self.process
+        gateway = process.gateway if process is not None else None
+        session = gateway.registry.sessions.get(session_id) if gateway is not None else None
+        forgetful = self.limits.tail_max_bytes < TIGHT.tail_max_bytes
+        return session, FAR if forgetful else self._marked.setdefault(session, head)
+
+    def check_close(self, code: int, excused: bool) -> None:
+        """A client's connection ended with `code`; it is `excused` if it was refused, or its token has expired."""
+        if excused:
             return
         if code not in EXPECTED_CLOSES:
             raise Violation("well_behaved_clients_are_served", (20,), f"a connection was closed with {code}")
@@ -241,6 +271,10 @@ class World:
         if commit.record is not None:
             self.note("disk", f"{session_id} is created, {commit.record.epoch}")
             self._adopt(commit.record, commit.reserved)
+            return
+        if commit.purged:
+            self.note("disk", f"{session_id} is purged")
+            del self.histories[session_id]
             return
         events = [json.loads(item.payload) for item in commit.batch]
         if events:
@@ -256,6 +290,7 @@ class World:
             record.epoch,
             reserved=reserved,
             max_turn_ms=self.limits.max_turn_ms,
+            retries=self.on_lost == "retry",
             sent=shared.sent,
             modes=shared.modes,
             work=shared.work,
@@ -265,11 +300,14 @@ class World:
         self._epochs[record.session_id, record.epoch] = history
 
     async def _authenticate(self, token: str | None) -> Identity:
+        """A token is a subject's name, or ``NAME@MS``: until then."""
         await trio.lowlevel.checkpoint()
-        if token not in (*SUBJECTS.values(), "mallory"):
+        if self.auth_delay:
+            await trio.sleep(self.auth_delay)
+        subject, _, until = (token or "").partition("@")
+        if subject not in (*SUBJECTS.values(), "mallory"):
             raise unauthorized("who is this?")
-        assert token is not None
-        return Identity(token)
+        return Identity(subject, int(until) if until else None)
 
     def start(self) -> None:
         """Start a process, if none is there."""
@@ -290,7 +328,7 @@ class World:
         with process.scope:
             async with open_gateway(
                 config,
-                {"agent": self.agent},
+                {"agent": self._registered},
                 store=process.store,
                 authenticate=self._authenticate,
                 sources=sources,
@@ -339,6 +377,7 @@ class World:
                 link.end()
         self.disk.kill()
         process.scope.cancel()
+        process.purging.cancel()
         self._running.clear()
         if lose:
             self._lose(lose)
@@ -349,6 +388,8 @@ class World:
         for commit in self.disk.commits:
             if commit.record is not None:
                 self._adopt(commit.record, commit.reserved)
+            elif commit.purged:
+                del self.histories[commit.session_id]
             else:
                 events = [json.loads(item.payload) for item in commit.batch]
                 self.histories[commit.session_id].commit(events, commit.reserved)
@@ -371,21 +412,23 @@ class World:
     def _perform_raw(self, client: RawClient, step: Step) -> None:
         do, how = step.do, step.how
         if do == "join":
-            self._join(client)
+            self._join(client, **how)
         elif do == "send":
             client.send(**how)
         elif do == "abort":
             client.abort(**how)
         elif do == "answer":
             client.answer(**how)
-        elif do in ("ping", "resync", "leave", "signal"):
+        elif do == "refresh":
+            client.refresh(**how)
+        elif do in ("ping", "resync", "leave", "signal", "stop"):
             client.say(do)
         elif client.wire is not None:
             self._fault(client.wire.link, do, how)
 
-    def _join(self, client: RawClient) -> None:
+    def _join(self, client: RawClient, lifetime: int = 0) -> None:
         try:
-            client.connect(self.new_link())
+            client.connect(self.new_link(), lifetime)
         except ConnectionLost as exc:
             self.note(client.name, str(exc))
 
@@ -452,6 +495,26 @@ class World:
         self.injected_failures += 1
         self._cause_everywhere("failure")
 
+    def _do_auth(self, delay: int = 0) -> None:
+        """From now on the authenticator takes so long."""
+        self.auth_delay = delay / 1000
+
+    def _do_purge(self) -> None:
+        """All that is stored has become old, and is purged if nobody uses it."""
+        # A stranger may have a name that is free again, and would keep everyone else out.
+        if self.process is not None and self.process.gateway is not None and not (self._strangers or self._purges):
+            self._purges += 1
+            self.spawn(self._purge, self.process, self.process.gateway)
+
+    async def _purge(self, process: Process, gateway: Gateway) -> None:
+        try:
+            with process.purging:
+                now = int(trio.current_time() * 1000) + 2 * KEPT_MS
+                await process.store.purge(now=now, in_use=gateway.registry)
+        finally:
+            self._purges -= 1
+            process.purging = trio.CancelScope()
+
     def _do_lines(self, delay: int = 0) -> None:
         self.delay = delay / 1000
 
@@ -465,12 +528,19 @@ class World:
 
     def _do_stranger(self, session_id: str = "s1") -> None:
         """Somebody who knows a session's id, and is not its subject, wants to join it."""
-        if session_id in self.histories:
+        if session_id in self.histories and not self._purges:
             try:
                 stranger = Stranger(self, session_id, self.new_link())
             except ConnectionLost:
                 return
-            self.spawn(stranger.run)
+            self._strangers += 1
+            self.spawn(self._let_in, stranger)
+
+    async def _let_in(self, stranger: Stranger) -> None:
+        try:
+            await stranger.run()
+        finally:
+            self._strangers -= 1
 
     # looking at it
 
@@ -478,6 +548,10 @@ class World:
         """What must hold at any time. Raises `Violation`."""
         for history in self.histories.values():
             check_always(history)
+        self.check_clients()
+
+    def check_clients(self) -> None:
+        """What must hold of connections at any time. Raises `Violation`."""
         now = trio.current_time()
         for client in self.raw.values():
             wire = client.wire
@@ -485,13 +559,15 @@ class World:
                 for item in wire.pending:
                     if item.kind == "ping" and now - item.since > PROMPT_SECONDS:
                         raise Violation("pings_do_not_wait", (7,), f"{client.name} waits for {now - item.since:.1f} s")
+                if wire.outlives_its_token(now):
+                    raise Violation("tokens_end", (19,), f"{client.name} is there on a token until {wire.expires}")
 
     async def come_to_rest(self) -> None:
         """Heal everything, let it calm down, and check what must be true then. Raises `Violation`."""
         self.note("world", "all faults end")
         self.resting = True
         self.check()
-        self.disk.before = self.disk.after = self.delay = 0.0
+        self.disk.before = self.disk.after = self.delay = self.auth_delay = 0.0
         self.disk.full, self.disk.broken = False, 0
         for link in self._links:
             link.go_on()
