@@ -80,9 +80,9 @@ def test_what_the_plans_reach() -> None:
         "code=draining", "code=no_active_turn", "code=unknown_ask", "reason=steered", "reason=aborted", "answer_ok",
         "lost: 1006", "lost: 1011", "lost: 1012", "it closed 1013 slow_consumer", "heartbeat_timeout",
         "hello_error forbidden", "snapshot at", "(requested)", "progress", "refreshed expires_at",
-        "code=token_rejected", "lost: 4401 token_expired", "is purged", "resync unknown_session", "attempt=2", "d1     <- hello_ok",
-        "d2     <- joined", "d1     <- snapshot at", "token_stream", "status=final", "server_reply_ack",
-        "status=duplicate", "content=/stop", "<- aborted", "server_request", "message_nack",
+        "code=token_rejected", "lost: 4401 token_expired", "is purged", "resync unknown_session", "attempt=2",
+        "d1     <- hello_ok", "d2     <- joined", "d1     <- snapshot at", "token_stream", "status=final",
+        "server_reply_ack", "status=duplicate", "content=/stop", "<- aborted", "server_request", "message_nack",
     ):  # fmt: skip
         assert what in said, what
 
