@@ -492,11 +492,13 @@ class Log:
         if self.marks is not None:
             self.marks.drop(self.tail)
 
-    def _deltas(self, output: Output) -> list[tuple[int, str]]:
-        """Number and text of the deltas that an output will replace."""
+    def _deltas(self, output: Output) -> list[tuple[int, str]] | None:
+        """Number and text of the deltas that an output will replace; None if some were evicted."""
         texts: list[tuple[int, str]] = []
         oldest = self._open.get(output.turn_id, {}).get(("channel", output.channel))
         if oldest is not None:
+            if oldest <= self.floor:
+                return None
             for entry in self._entries[self._after(oldest - 1) :]:
                 event = entry.event
                 if type(event) is Delta and event.channel == output.channel and event.turn_id == output.turn_id:

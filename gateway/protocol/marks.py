@@ -23,7 +23,7 @@ _by_seq = attrgetter("seq")
 
 @frozen(eq=False)
 class Mark:
-    """One output: the delta ``seqs[i]`` ended at character ``ends[i]`` of it."""
+    """One output: the delta ``seqs[i]`` ended at character ``ends[i]`` of it. Without any, nobody knows."""
 
     seq: int
     output: Output
@@ -46,8 +46,12 @@ class Marks:
     def __len__(self) -> int:
         return self._deltas
 
-    def add(self, output: Output, texts: list[tuple[int, str]]) -> None:
-        """Mark an output, before it is visible. `texts`: number and text of the deltas that it replaces, in order."""
+    def add(self, output: Output, texts: list[tuple[int, str]] | None) -> None:
+        """Mark an output, before it is visible. `texts`: number and text of the deltas that it replaces, in order; None
+        if some of them have left the log already."""
+        if texts is None:
+            self._marks.append(Mark(output.seq, output, array("Q"), array("Q")))
+            return
         if not texts or not output.content.startswith("".join([text for _, text in texts])):
             return  # what it says was not streamed
         ends, end = array("Q"), 0
@@ -74,7 +78,10 @@ class Marks:
         if output.seq <= self.forgotten:
             return None
         i = bisect_right(self._marks, output.seq, key=_by_seq)
-        return self._marks[i - 1].ends[-1] if i and self._marks[i - 1].seq == output.seq else 0
+        if not i or self._marks[i - 1].seq != output.seq:
+            return 0
+        ends = self._marks[i - 1].ends
+        return ends[-1] if ends else None
 
     def deltas(self, low: int, high: int) -> Iterator[Iterator[tuple[int, Output, int, int]]]:
         """The deltas above `low` up to `high` whose outputs are above that, per output and in order: number, output,

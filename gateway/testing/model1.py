@@ -38,6 +38,8 @@ SAME: dict[str, dict[str, str]] = {
 }
 """By event of the log: the field of a wrapped event's data, and the event's own that it must equal."""
 
+FAR = 1 << 62
+
 VOLATILE = ("token_stream", "reasoning_stream", "channel_stream", "tool_progress_stream")
 
 
@@ -64,9 +66,11 @@ class PraisonView:
         tokens: by turn, the text streamed since its last response, over all connections.
         whole: turns of which no token may be missing or come twice.
         begun: turns that were seen from their start on.
+        window: how many durable events the gateway keeps; deltas before them are forgotten.
     """
 
     name: str
+    window: int = FAR
     history: History | None = None
     live: History | None = None
     cursor: int = 0
@@ -241,7 +245,9 @@ def tokens_make_up_the_response(client: PraisonView, seq: int, data: Json) -> It
         return  # a crash takes text that was not stored, seen or not
     if not whole.startswith(said):
         yield f"{client.name} was streamed {said[-60:]!r} of {turn_id}, the answer is {whole[-60:]!r}"
-    if turn_id in client.whole and said != whole:
+    begun = next(e["seq"] for e in client.history.log if e.get("turn_id") == turn_id)
+    kept = sum(begun <= event["seq"] <= seq for event in client.history.log) < client.window
+    if kept and turn_id in client.whole and said != whole:
         yield f"{client.name} was streamed {len(said)} of {len(whole)} characters of {turn_id}, nothing was forgotten"
 
 

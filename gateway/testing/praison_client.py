@@ -26,7 +26,7 @@ class PraisonClient(RawClient):
 
     def __init__(self, world: World, name: str, session_id: str, subject: str, *, joins: bool = False) -> None:
         super().__init__(world, name, session_id, subject)
-        self.model = PraisonView(name)
+        self.model = PraisonView(name, world.limits.replay_max_events)
         self._joins = joins
         self._judge = Judge1(Ledger())
         self._histories = world.histories

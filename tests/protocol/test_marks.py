@@ -6,6 +6,7 @@ import pytest
 
 from gateway.protocol import marks as marks_module
 from gateway.protocol import messages as m
+from gateway.protocol.log import Log
 from gateway.protocol.marks import Marks
 
 
@@ -70,6 +71,21 @@ def test_what_is_forgotten_is_unknown_rather_than_not_streamed() -> None:
     marks.drop(100)
     assert marks.streamed(output(6, "x")) is None
     assert (len(marks), marks.forgotten, marks.since) == (0, 6, 0)
+
+
+def test_an_output_whose_deltas_left_the_log_before_it_is_unknown() -> None:
+    log = Log(max_events=3, max_bytes=10_000)
+    log.keep_marks()
+    log.append(m.TurnStarted(seq=1, turn_id="t", request_ids=["r"]))
+    log.append(m.Delta(seq=2, turn_id="t", channel="answer", text="a "))
+    for seq in range(3, 8):
+        log.append(m.Custom(seq=seq, name="n", data=None))
+    log.append(m.Delta(seq=8, turn_id="t", channel="answer", text="b "))
+    sealed = output(9, "a b ")
+    log.append(sealed)
+    assert log.floor >= 2
+    assert log.marks is not None
+    assert log.marks.streamed(sealed) is None
 
 
 def test_the_oldest_outputs_go_first_when_there_are_too_many_deltas(monkeypatch: pytest.MonkeyPatch) -> None:
