@@ -34,6 +34,7 @@ def spec(form: str, protocol: str) -> None:
     """Print the protocol as JSON Schema (2020-12) or as an AsyncAPI 3 document.
 
     Made from the classes that this very gateway reads and writes, so validators and clients generated from it agree
-    with it.
+    with it. Version 1 has no classes of its own (it is another way to write the same messages), and so no schema; the
+    reference of the messages shows each of its frames.
     """
     click.echo(written(FORMATS[protocol, form]()), nl=False)
