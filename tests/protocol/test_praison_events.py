@@ -756,6 +756,27 @@ def test_text_that_must_be_shortened_keeps_all_that_fits() -> None:
     assert 10_000 - WRAPPING - 200 < len(payload) <= 10_000
     assert content.startswith(data["content"])
     assert (data["truncated"], data["request_id"]) == (True, "r")
+    line.client.take(payload)
+    assert line.client.inputs == [data["content"]]
+    error = m.ErrorInfo(code="agent_error", message=content * 2)
+    writer.add(m.TurnEnded(turn_id="t1", outcome="failed", error=error))
+    payloads = line.stream.read(writer.log, 1, BUDGET).payloads
+    assert all(len(payload) <= 10_000 for payload in payloads)
+    ended = [json.loads(payload)["event"] for payload in payloads]
+    assert [(event["type"], event["event_id"], event["data"]["cursor"]) for event in ended] == [
+        ("error", "2.e", 1), ("stream_end", "2.s", 1), ("response", "2", 2),
+    ]  # fmt: skip
+
+
+def test_names_may_have_percent_signs() -> None:
+    writer = Writer()
+    writer.start()
+    writer.delta("100 %d")
+    stream = Stream("s%d", "50%", start=2, max_frame_bytes=FRAME)
+    (payload,) = stream.read(writer.log, 2, BUDGET).payloads
+    event = json.loads(payload)["event"]
+    assert (event["source"], event["target"], event["data"]["session_id"]) == ("50%", "s%d", "s%d")
+    assert event["data"]["content"] == "100 %d"
 
 
 @pytest.mark.parametrize(("size", "twice"), [(100, True), (PIECE, False)])

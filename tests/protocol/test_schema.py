@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import assume, given, settings
@@ -214,6 +214,8 @@ def test_the_schema_of_an_event_word_for_word() -> None:
     assert DEFS["RunningTurn"]["properties"]["channels"] == {"type": "object", "additionalProperties": text}
     assert DEFS["RunningTurn"]["properties"]["progress"] == {"type": "object"}
     assert DEFS["Ask"]["properties"]["options"] == {"type": ["array", "null"], "default": None}
+    assert DEFS["HelloOk"]["properties"]["resync_reason"] == {"enum": [*get_args(m.ResyncReason), None]}
+    assert list(DEFS["Event"]) == ["description", "oneOf"]
     assert DEFS["Event"]["description"] == "An entry of a session's log, numbered."
 
 
