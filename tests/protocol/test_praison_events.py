@@ -610,7 +610,7 @@ def test_an_answer_whose_beginning_is_gone_is_what_is_left_of_it() -> None:
     writer.say("four ", more=True)
     assert [entry.event.content for entry in writer.log.entries] == ["one ", "two ", "three", "four "]  # type: ignore[attr-defined]
     line = Line(writer)
-    line.client.cursor = writer.log.floor
+    line.client.cursor = writer.log.entries[1].seq
     line.connect()
     line.catch_up()
     (final,) = line.client.finals["t1"]
