@@ -223,3 +223,24 @@ def test_what_may_be_left_out_is_marked() -> None:
     marked = {mark: {name for name in DEFS if mark in DEFS[name]} for mark in ("x-volatile", "x-droppable")}
     assert marked == {"x-volatile": {"Delta", "Progress"}, "x-droppable": {"Signal", "Presence"}}
     assert all(DEFS[name][mark] is True for mark, names in marked.items() for name in names)
+
+
+def test_the_schema_as_a_whole() -> None:
+    assert {name: value for name, value in SCHEMA.items() if name not in ("description", "$defs")} == {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:trio-gateway:protocol:2",
+        "title": "trio-gateway protocol 2",
+        "anyOf": [{"$ref": "#/$defs/ClientMessage"}, {"$ref": "#/$defs/GatewayMessage"}],
+    }
+    assert "Unknown fields are ignored" in SCHEMA["description"]
+    for side in ("Client", "Gateway"):
+        frame = {"$ref": f"#/$defs/{side}Frame"}
+        message = DEFS[f"{side}Message"]
+        assert message["oneOf"] == [frame, {"type": "array", "items": frame}]
+        assert message["description"].startswith("One frame, or, where `batch` was agreed on, an array")
+
+
+def test_descriptions_use_the_names_of_the_wire() -> None:
+    assert DEFS["Signal"]["description"].startswith("`from` ")
+    assert DEFS["Error"]["description"].endswith("Fields that are null are left out on the wire.")
+    assert "description" not in DEFS["ServerInfo"]
