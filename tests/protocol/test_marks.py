@@ -105,3 +105,13 @@ def test_the_newest_output_stays_whole_however_many_deltas_it_had(monkeypatch: p
     marks.add(output(9, "bcdefg"), [(seq, letter) for seq, letter in enumerate("bcdefg", 3)])
     assert (len(marks), marks.forgotten) == (6, 2)
     assert found(marks, 2, 8) == [list(enumerate("bcdefg", 3))]
+
+
+def test_what_nobody_knows_is_forgotten_with_its_output() -> None:
+    marks = Marks(since=0)
+    marks.add(output(3, "ab"), None)
+    marks.add(output(6, "cd"), [(4, "c"), (5, "d")])
+    assert marks.streamed(output(3, "ab")) is None
+    assert found(marks, 0, 2) == [[], []]
+    marks.drop(3)
+    assert (len(marks), marks.forgotten) == (2, 3)

@@ -617,6 +617,23 @@ def test_an_answer_whose_beginning_is_gone_is_what_is_left_of_it() -> None:
     assert (final["content"], final["offset"], final["truncated"]) == ("one two three", None, True)
 
 
+def test_no_token_follows_a_segment_that_was_perhaps_not_had() -> None:
+    writer = Writer(marks=False)
+    writer.start()
+    writer.delta("one ")
+    writer.seal(more=True)
+    writer.log.keep_marks()
+    line = Line(writer)
+    line.client.cursor = 3  # somewhere in the segment, perhaps
+    line.connect()
+    writer.delta("two")
+    line.catch_up()
+    writer.end()
+    line.catch_up()
+    assert "".join(line.client.tokens.values()) == ""
+    assert contents(line.client.finals["t1"]) == "one two"
+
+
 def test_what_is_remembered_of_an_answer() -> None:
     def output(content: str, turn_id: str = "t", channel: str = "answer", **metadata: bool) -> m.Output:
         return m.Output(turn_id=turn_id, channel=channel, content=content, metadata=metadata)
