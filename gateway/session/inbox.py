@@ -77,11 +77,6 @@ class Inbox:
         """Inputs that take up room: what waits, and what was withdrawn but is still on its way to the store."""
         return len(self.waiting) + self._leaving
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits and the turn loop does."""
-        return not self.waiting and self._in.statistics().tasks_waiting_receive > 0
-
     # coming in
 
     def admit(self, queued: QueuedInput) -> None:
@@ -177,8 +172,9 @@ class Inbox:
             self._refill([*self._drain(), queued])
 
     def wake(self) -> None:
-        """Make `receive` return None. Only while the loop waits in it and the channel is empty."""
-        self._in.send_nowait(None)
+        """Make `receive` return None, if the loop waits in it."""
+        if self._in.statistics().tasks_waiting_receive:
+            self._in.send_nowait(None)
 
     def _leave(self, queued: QueuedInput) -> None:
         if queued.place is Place.STORING:

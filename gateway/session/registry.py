@@ -242,6 +242,7 @@ class Registry:
                 max_detached_ms=registered.max_detached_ms,
                 tails=self._tails,
                 on_failed=self._failed,
+                start=self._run_soon,
                 pacer=self._pacer,
             )
         )
@@ -292,6 +293,7 @@ class Registry:
                 retry_lost=registered.retry_lost,
                 tails=self._tails,
                 on_failed=self._failed,
+                start=self._run_soon,
                 pacer=self._pacer,
             )
         )
@@ -331,9 +333,13 @@ class Registry:
         self._tails.divide(len(self._sessions))
         if 2 * self._tails.share < self._trimmed:
             self._trim()  # in between, `rest_idle` does it: all of them at each new session would be too often
+        if session.busy or not session.recovered.is_set():
+            session.start()  # with work left from before
+        return session
+
+    def _run_soon(self, session: Session) -> None:
         # Owned by the gateway's nursery; ends when the session is put to rest, or with the gateway.
         self._nursery.start_soon(self._run, session)
-        return session
 
     async def _run(self, session: Session) -> None:
         """The crash barrier of one session: what fails in it ends it alone."""

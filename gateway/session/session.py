@@ -16,6 +16,9 @@ constant stack, constant tasks.
 A turn ends in one step, `_close_turn`: it closes the turn's open questions and hands in its `Finish`. The agent's task
 does it when the agent is through; `stop_turn` says why it should be (the first reason counts), and if the agent is not
 within ``stop_timeout``, the loop does it.
+A turn's time is watched by one cancel scope around the whole loop. Its deadline may be early, that of a turn before:
+then the loop looks, and goes on. A scope for each turn would cost a tenth of a short one.
+The tasks start with the first input; a session that is only joined has none.
 An agent that is still there then is on its own: it can write nothing any more, and its task belongs to no turn.
 
 What fails in the engine itself (a store that contradicts it) ends the session: in one step nothing of it can write
@@ -29,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 
 import structlog
 import trio
@@ -99,6 +103,7 @@ class Session:
         retry_lost: run the inputs of a turn that was lost in a crash again.
         tails: what the session's log may hold in memory.
         on_failed: told when the engine itself fails; without it, `run` raises.
+        start: has `run` called soon; called once, when there is something to do. Without it the owner does it unasked.
         pacer: decides when what agents write is published (see `Publisher`).
     """
 
@@ -116,6 +121,7 @@ class Session:
         retry_lost: bool = False,
         tails: Tails = UNBOUNDED,
         on_failed: Callable[[Session, Exception], None] | None = None,
+        start: Callable[[Session], None] | None = None,
         pacer: Pacer | None = None,
     ) -> None:
         self.record = record
@@ -132,7 +138,9 @@ class Session:
         self._kept = 0
         self._max_detached_ms = max_detached_ms
         self._on_failed = on_failed
+        self._start = start
         self._life = trio.CancelScope()
+        self._timer = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._inbox = Inbox(max(limits.max_inbox, len(stored.queue) if stored else 0))
         self.log = Log(
@@ -194,6 +202,12 @@ class Session:
             self._begin_turn([item.event for item in stored.turn_inputs], lost.attempt + 1)
 
     # life
+
+    def start(self) -> None:
+        """Have the session's tasks run, if they do not yet. Never waits."""
+        start, self._start = self._start, None
+        if start is not None:
+            start(self)
 
     async def run(self) -> None:
         """Run the session's two tasks until `close` or cancellation. Owned by the gateway's nursery."""
@@ -260,7 +274,7 @@ class Session:
             other.push(Presence(event="joined", connection_id=member.connection_id, subject=member.subject))
         self.readers[member.connection_id] = reader
         if (turn := self.turn) is not None and turn._stop_reason is None:
-            turn._until(turn._max_deadline)
+            self._until(turn, turn._max_deadline)
 
     def detach(self, reader: Reader, code: int, reason: str) -> None:
         """Remove a connection. The turn goes on; touches nothing that belongs to another connection."""
@@ -279,7 +293,7 @@ class Session:
 
     def _limit_detached(self, turn: Turn) -> None:
         if self._max_detached_ms and turn._stop_reason is None:
-            turn._until(min(turn._max_deadline, trio.current_time() + self._max_detached_ms / 1000))
+            self._until(turn, min(turn._max_deadline, trio.current_time() + self._max_detached_ms / 1000))
 
     def signal(self, frame: ClientSignal, sender: Reader) -> None:
         """Pass an ephemeral message on to the session's other connections."""
@@ -371,14 +385,15 @@ class Session:
         )
         queued = QueuedInput(event, frame.on_busy, digest)
         queued.repliers.append(self._replier(reader, queued))
-        at_once = self.turn is None and self._inbox.idle
+        at_once = not self.busy
         self._inbox.admit(queued)
         self.publisher.enqueue(
             event, lambda stored: self._stored(queued, stored is not None), digest=digest, on_busy=frame.on_busy
         )
         if at_once:
             # The input and the start of its turn are stored as one: half the waiting, and half the transactions.
-            self._begin_turn(self._inbox.take([queued]), at_once=True)
+            self._begin_turn(self._inbox.take([queued]))
+        self.start()
 
     def _replier(self, reader: Reader, queued: QueuedInput) -> Callable[[Error | None, int, bool], None]:
         event = queued.event
@@ -537,7 +552,7 @@ class Session:
         if turn._stop_reason is None and not turn._closed:
             turn._stop_reason = reason
             turn._scope.cancel()
-            turn._until(trio.current_time() + self.limits.stop_timeout_ms / 1000)
+            self._until(turn, trio.current_time() + self.limits.stop_timeout_ms / 1000)
 
     def answer(self, frame: Answer, reader: Reader) -> None:
         """Answer an open ask; the first valid answer counts."""
@@ -591,37 +606,39 @@ class Session:
 
     async def _turn_loop(self) -> None:
         await self.recovered.wait()
-        if self.turn is not None:
-            await self._run_turn(self.turn)
         while True:
-            queued = await self._inbox.receive()
-            if queued is None:
-                assert self.turn is not None
-                await self._run_turn(self.turn)
-                continue
-            if self.draining:
-                await trio.sleep_forever()  # what waits stays stored, and runs after the restart
-            # No await between taking inputs out and having a turn: an input is in the inbox or owned by a turn.
-            taken = [queued]
-            if queued.on_busy == "collect":
-                taken += self._inbox.following(queued)
-            turn = self._begin_turn(self._inbox.take(taken))
-            self._tell_credit()
-            await self._run_turn(turn)
+            with trio.CancelScope(deadline=self._due) as self._timer:
+                while True:
+                    await self._run_turn(self.turn or await self._next_turn())
+            self._look_at_time()
 
-    def _begin_turn(self, inputs: Sequence[Input], attempt: int = 1, *, at_once: bool = False) -> Turn:
-        """Make the turn and write its start. With `at_once` its input is being stored, and the loop is woken then."""
+    async def _next_turn(self) -> Turn:
+        queued = await self._inbox.receive()
+        if queued is None:
+            assert self.turn is not None
+            return self.turn
+        if self.draining:
+            await trio.sleep_forever()  # what waits stays stored, and runs after the restart
+        # No await between taking inputs out and having a turn: an input is in the inbox or owned by a turn.
+        taken = [queued]
+        if queued.on_busy == "collect":
+            taken += self._inbox.following(queued)
+        turn = self._begin_turn(self._inbox.take(taken))
+        self._tell_credit()
+        return turn
+
+    def _begin_turn(self, inputs: Sequence[Input], attempt: int = 1) -> Turn:
+        """Make the turn and write its start. The loop runs it when that is stored."""
         turn = self.turn = Turn(self, f"t_{self.sources.new_id()}", inputs, attempt)
         started = TurnStarted(
             turn_id=turn.turn_id, request_ids=[item.request_id for item in inputs], attempt=turn.attempt
         )
 
         def visible(event: Event | None) -> None:
+            turn._started.set()
             if event is None:
                 self._discard(turn)
-                return
-            turn._started.set()
-            if at_once:
+            else:
                 self._inbox.wake()
 
         self.publisher.enqueue(started, visible)
@@ -636,37 +653,55 @@ class Session:
         turn._ended.set()
 
     async def _run_turn(self, turn: Turn) -> None:
-        """Run the agent once. When this returns, the turn's `turn_ended` is visible and its work is over."""
+        """Run the agent once. When this returns, the turn's `turn_ended` is visible and its work is over.
+
+        Cancelling is safe: called again for the same turn, it goes on.
+        """
         # Stored before the agent starts: after a crash the log says that it may have run.
         if not turn._started.is_set():
             await turn._started.wait()
-        turn._older = await self.older.for_transcript()
-        if turn._stop_reason is None:
-            assert self._nursery is not None
-            # Owned by the session; ends by itself, or by `stop_turn`. Its own task, so that an agent that does not
-            # react to its cancellation cannot wedge the session.
-            self._nursery.start_soon(self._run_agent, turn)
-            await self._watch(turn)
-        if not turn._closed:
-            self._close_turn(turn)
+        if not turn._running and not turn._closed:
+            turn._older = await self.older.for_transcript()
+            if turn._stop_reason is None:
+                self._start_agent(turn)
+            else:
+                self._close_turn(turn)
         await turn._ended.wait()
 
-    async def _watch(self, turn: Turn) -> None:
-        """Stop the turn when its time is over, and wait for its agent, but once it is stopped only so long."""
+    def _start_agent(self, turn: Turn) -> None:
+        assert self._nursery is not None
+        turn._running = True
         turn._max_deadline = trio.current_time() + self.limits.max_turn_ms / 1000
-        turn._until(turn._max_deadline)
+        self._until(turn, turn._max_deadline)
         if not self.readers:
             self._limit_detached(turn)
-        while not turn._closed:
-            with trio.CancelScope(deadline=turn._deadline) as turn._patience:
-                await turn._ended.wait()
-            if turn._closed:
-                return
-            if turn._stop_reason is not None:
-                _log.error("agent_ignores_cancellation", session_id=self.record.session_id, turn_id=turn.turn_id)
-                return
-            timed_out = trio.current_time() >= turn._max_deadline
-            self.stop_turn(turn, "timed_out" if timed_out else "detached")
+        # Owned by the session; ends by itself, or by `stop_turn`. Its own task, so that an agent that does not react to
+        # its cancellation cannot wedge the session.
+        self._nursery.start_soon(self._run_agent, turn)
+
+    # a turn's time
+
+    def _until(self, turn: Turn, deadline: float) -> None:
+        """Look at the turn then, if its agent still runs."""
+        turn._deadline = deadline
+        if turn._running and deadline < self._timer.deadline:
+            self._timer.deadline = deadline
+
+    @property
+    def _due(self) -> float:
+        turn = self.turn
+        return turn._deadline if turn is not None and turn._running and not turn._closed else inf
+
+    def _look_at_time(self) -> None:
+        """The loop's timer went off: stop the turn if its time is over, and give its agent up if it was to stop."""
+        turn, now = self.turn, trio.current_time()
+        if turn is None or now < self._due:
+            return
+        if turn._stop_reason is None:
+            self.stop_turn(turn, "timed_out" if now >= turn._max_deadline else "detached")
+        else:
+            _log.error("agent_ignores_cancellation", session_id=self.record.session_id, turn_id=turn.turn_id)
+            self._close_turn(turn)
 
     async def _run_agent(self, turn: Turn) -> None:
         try:

@@ -101,16 +101,16 @@ class Turn:
         self._publisher = session.publisher
         self._outbox = session.publisher.outbox
         self._state = session.view.state
-        self._state_lock = trio.Lock()
+        self._state_lock: trio.Lock | None = None
         self._channels: set[str] = set()
         self._progress: dict[str, int] = {}
         self._written = 0
         self._unyielded = 0
         # For the engine: see `Session._run_turn`.
+        self._running = False
         self._closed = False
         self._discarded = False
         self._scope = trio.CancelScope()
-        self._patience: trio.CancelScope | None = None
         self._deadline = self._max_deadline = inf
         self._started = trio.Event()
         self._ended = trio.Event()
@@ -256,7 +256,8 @@ class Turn:
         await self._enter()
         given = _plain(dict(patch))
         # One at a time: the next patch applies to what this one leaves, in the order in which they are written.
-        async with self._state_lock:
+        lock = self._state_lock = self._state_lock or trio.Lock()
+        async with lock:
             changed = merge_patch(self._state, given)
             if len(codec.dump_json(changed)) > self._limits.max_state_bytes:
                 raise TurnLimitExceeded(f"state: a session's state may hold {self._limits.max_state_bytes:,} bytes")
@@ -321,12 +322,6 @@ class Turn:
             self._unyielded = 0
             await trio.lowlevel.checkpoint()
         self._check_open()
-
-    def _until(self, deadline: float) -> None:
-        """Have the engine wait for the agent until then."""
-        self._deadline = deadline
-        if self._patience is not None:
-            self._patience.deadline = deadline
 
     def _check_open(self) -> None:
         if self._closed:

@@ -226,17 +226,12 @@ async def test_an_input_in_the_loops_hand_is_withdrawn() -> None:
     agent = Script()
     async with open_bench(agent) as bench:
         wake = bench.reader.wake
-        sent, handed_over = [], []
+        handed_over: list[Place] = []
 
         def look() -> None:
             wake()
             inbox = bench.session._inbox
-            if bench.ends and not sent:
-                # The turn has ended and the loop does not wait yet, so this one does not start at once.
-                sent.append("r2")
-                bench.store.hold()
-                bench.send("r2")
-            elif sent and not handed_over:
+            if bench.ends and "r2" in inbox.waiting and inbox.waiting["r2"].place is Place.INBOX and not handed_over:
                 handed_over.append(inbox.waiting["r2"].place)
                 assert inbox._in.statistics().current_buffer_used == 0
                 bench.abort(scope="queue")
@@ -244,7 +239,13 @@ async def test_an_input_in_the_loops_hand_is_withdrawn() -> None:
         bench.reader.wake = look  # type: ignore[method-assign]
         bench.send("r1")
         await settle()
+        bench.store.hold()
         await agent.finish()
+        bench.send("r2")  # behind the end of the turn, so it does not start at once
+        bench.store.release()
+        bench.store.hold()
+        await settle()
+        assert bench.ends, "the loop waits"
         bench.store.release()
         await settle()
         assert handed_over == [Place.INBOX]
