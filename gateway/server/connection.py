@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -137,13 +138,17 @@ class Connection:
         ws = self._ws
         self._gateway.opened(self)
         try:
-            await self._join()
-            with ws.reading():
+            # The time for the upgrade and the hello together.
+            with ws.reading(ws.connected_at + self._limits.handshake_timeout_ms / 1000) as scope:
+                await self._admit(await self._read_hello())
+                scope.deadline = inf
                 while True:
                     batch = await ws.get_many()
                     self.heard_at = trio.current_time()
                     for raw in batch:
                         await self._handle(raw)
+            if self._session is None and trio.current_time() >= scope.deadline:
+                self.close(4408, "handshake_timeout")
         except ConnectionLost:
             if ws.phase is Phase.OPEN:  # the peer ended it, and still gets the replies to what it sent before
                 self._write_control()
@@ -207,16 +212,6 @@ class Connection:
         self.close(1011, "internal")
 
     # joining
-
-    async def _join(self) -> None:
-        """Take the first frame and attach to a session."""
-        ws, limits = self._ws, self._limits
-        with trio.move_on_at(ws.connected_at + limits.handshake_timeout_ms / 1000):
-            await self._admit(await self._read_hello())
-            return
-        if self._session is None:
-            self.close(4408, "handshake_timeout")
-        raise ConnectionLost(4408, "handshake_timeout")
 
     async def _read_hello(self) -> Hello:
         ws = self._ws

@@ -34,6 +34,7 @@ from gateway.transport.memory import MemoryByteStream, memory_pair
 from gateway.transport.streams import ByteStream
 from gateway.transport.tasks import open_plain_nursery
 from gateway.transport.tls import TlsByteStream, load_certificate
+from gateway.transport.upgrade import Stopping, Upgrade
 
 RECONNECT_SPREAD_MS = 5_000
 """Clients told to go away come back within so many ms, each at its own moment: 10,000 of them make 2,000 a second."""
@@ -116,7 +117,7 @@ class Gateway:
         self._connections: trio.Nursery | None = None
         self._serving = 0
         self._connected = 0
-        self._upgrading: dict[trio.lowlevel.Task, trio.CancelScope] = {}
+        self.upgrading: dict[Upgrade, None] = {}
         """Sockets without a WebSocket yet, by the task that serves them: a drain does not wait for their requests."""
         self._listeners: list[trio.SocketListener] = []
         self._address: tuple[str, int] | None = None
@@ -201,8 +202,7 @@ class Gateway:
     # what connections use
 
     def opened(self, connection: Connection) -> None:
-        """A WebSocket is open; called by the task that serves it."""
-        self._upgrading.pop(trio.lowlevel.current_task(), None)
+        """A WebSocket is open."""
         self.connections[connection] = None
 
     def ended(self, connection: Connection) -> None:
@@ -284,11 +284,8 @@ class Gateway:
 
     async def _serve_one(self, stream: ByteStream) -> None:
         try:
-            with trio.CancelScope() as scope:
-                self._upgrading[trio.lowlevel.current_task()] = scope
-                await serve_stream(self, stream)
+            await serve_stream(self, stream)
         finally:
-            self._upgrading.pop(trio.lowlevel.current_task(), None)
             self._serving -= 1
             if not self._serving:
                 self._all_gone.unpark_all()
@@ -342,8 +339,8 @@ class Gateway:
         self.draining = True
         self.registry.begin_drain()
         self._stop_accepting()
-        for scope in self._upgrading.values():
-            scope.cancel()
+        for upgrade in list(self.upgrading):
+            upgrade.stop(Stopping("the gateway is stopping; try again in a moment"))
         timeout = self.config.server.drain_timeout_ms
         for connection in list(self.connections):
             if connection in self.joined:

@@ -163,6 +163,7 @@ async def _serve(gateway: Gateway, stream: ByteStream, leave: Callable[[], None]
         max_queued_frames=limits.max_control_frames,
         handshake_timeout=limits.handshake_timeout_ms / 1000,
         close_timeout=limits.close_timeout_ms / 1000,
+        upgrading=gateway.upgrading,
     ) as ws:
         if ws.path != config.server.path:
             await ws.reject(404, f"no WebSocket here; connect to {config.server.path}\n".encode())

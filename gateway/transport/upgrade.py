@@ -39,11 +39,18 @@ class NoRequest(HandshakeFailed):
     status = b"408 Request Timeout"
 
 
+class Stopping(HandshakeFailed):
+    """The gateway is about to stop."""
+
+    status = b"503 Service Unavailable"
+
+
 class Upgrade(trio.abc.HalfCloseableStream):
     """An upgrade request being read and answered.
 
     Args:
         write: takes the library's bytes; never waits.
+        deadline: until when (trio time) the request must have come.
 
     Attributes:
         request: what was asked for, once `read` has returned.
@@ -52,10 +59,11 @@ class Upgrade(trio.abc.HalfCloseableStream):
         answered: whether anything was written.
     """
 
-    def __init__(self, stream: ByteStream, write: Callable[[bytes], None]) -> None:
+    def __init__(self, stream: ByteStream, write: Callable[[bytes], None], deadline: float) -> None:
         self._stream = stream
         self._write = write
-        self._scope = trio.CancelScope()
+        self._scope = trio.CancelScope(deadline=deadline)
+        self._refused: HandshakeFailed = NoRequest("no upgrade request within the time limit")
         self._head_seen = False
         self._over = trio.Event()
         self.request: trio_websocket.WebSocketRequest | None = None
@@ -76,7 +84,12 @@ class Upgrade(trio.abc.HalfCloseableStream):
                 nursery, self, message_queue_size=1, receive_buffer_size=None
             )
         if self.request is None:
-            raise HandshakeFailed("expected a WebSocket upgrade request (RFC 6455 section 4.2.1)")
+            raise self._refused
+
+    def stop(self, why: HandshakeFailed) -> None:
+        """Have `read` raise this. Nothing happens when the request was read."""
+        self._refused = why
+        self._scope.cancel()
 
     async def accept(self, subprotocol: str | None) -> None:
         """Answer 101."""
@@ -143,7 +156,7 @@ class Upgrade(trio.abc.HalfCloseableStream):
 
     async def aclose(self) -> None:
         if self.request is None:
-            self._scope.cancel()
+            self.stop(HandshakeFailed("expected a WebSocket upgrade request (RFC 6455 section 4.2.1)"))
         await trio.lowlevel.checkpoint()
 
 

@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from enum import IntEnum
+from math import inf
 from typing import TYPE_CHECKING
 
 import trio
@@ -48,7 +49,7 @@ from gateway.transport.frames import (
     unmask,
 )
 from gateway.transport.streams import ByteStream, end_gently
-from gateway.transport.upgrade import HandshakeFailed, NoRequest, Upgrade, answer_in_http, failure_in
+from gateway.transport.upgrade import HandshakeFailed, Upgrade, answer_in_http, failure_in
 
 if TYPE_CHECKING:
     import trio_websocket
@@ -150,11 +151,18 @@ class ServerWebSocket:
     )
 
     def __init__(
-        self, stream: ByteStream, nursery: trio.Nursery, *, max_message_bytes: int, max_queued_frames: int
+        self,
+        stream: ByteStream,
+        nursery: trio.Nursery,
+        *,
+        max_message_bytes: int,
+        max_queued_frames: int,
+        handshake_timeout: float,
     ) -> None:
         self._stream = stream
         self._nursery = nursery
-        self._upgrade: Upgrade | None = Upgrade(stream, self._enqueue)
+        self.connected_at = trio.current_time()
+        self._upgrade: Upgrade | None = Upgrade(stream, self._enqueue, self.connected_at + handshake_timeout)
         self._accepted = False
         self._buffer = bytearray()
         self._messages: list[bytes] = []
@@ -180,7 +188,6 @@ class ServerWebSocket:
         self.progress_at = 0.0
         self.close_code: int | None = None
         self.close_reason = ""
-        self.connected_at = trio.current_time()
         self.on_unblocked: Callable[[], None] = _nothing
         self.on_late: Callable[[bytes], None] = _ignore
 
@@ -230,9 +237,14 @@ class ServerWebSocket:
         assert self._upgrade.request is not None
         return self._upgrade.request
 
-    async def _read_request(self) -> None:
-        assert self._upgrade is not None
-        await self._upgrade.read(self._nursery)
+    async def _read_request(self, upgrading: dict[Upgrade, None]) -> None:
+        upgrade = self._upgrade
+        assert upgrade is not None
+        upgrading[upgrade] = None
+        try:
+            await upgrade.read(self._nursery)
+        finally:
+            del upgrading[upgrade]
 
     @property
     def _answered(self) -> bool:
@@ -283,12 +295,13 @@ class ServerWebSocket:
         self._upgrade = None
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self, deadline: float = inf) -> Iterator[trio.CancelScope]:
         """Around many calls of `get_many`: one that waits when the connection is closed leaves this block, instead of
-        raising. It spares a cancel scope for each wait (3 µs)."""
-        with trio.CancelScope() as self._reading:
+        raising. It spares a cancel scope for each wait (3 µs). The block's scope has the deadline, and may be given
+        another."""
+        with trio.CancelScope(deadline=deadline) as self._reading:
             try:
-                yield
+                yield self._reading
             finally:
                 self._reading = None
 
@@ -550,12 +563,16 @@ async def open_server_websocket(
     max_queued_frames: int = 256,
     handshake_timeout: float = 10.0,
     close_timeout: float = 3.0,
+    upgrading: dict[Upgrade, None] | None = None,
 ) -> AsyncIterator[ServerWebSocket]:
     """Run a WebSocket on `stream`, which this owns. Inside the block, `accept` or `reject` comes first.
 
     Leaving the block closes: the close frame that `close_nowait` asked for (1000 if none did), the peer's reply awaited
     for `close_timeout` seconds, then the stream is closed whatever its state. When the block is left by cancellation
     the stream is closed at once.
+
+    Args:
+        upgrading: holds the request while it is being read; whoever stops it there ends this with what they say.
 
     Raises:
         HandshakeFailed: no usable upgrade request came within `handshake_timeout` seconds.
@@ -565,13 +582,14 @@ async def open_server_websocket(
     try:
         async with trio.open_nursery() as nursery:
             ws = ServerWebSocket(
-                stream, nursery, max_message_bytes=max_message_bytes, max_queued_frames=max_queued_frames
+                stream,
+                nursery,
+                max_message_bytes=max_message_bytes,
+                max_queued_frames=max_queued_frames,
+                handshake_timeout=handshake_timeout,
             )
-            with trio.move_on_after(handshake_timeout):
-                await ws._read_request()
-                requested = True
-            if not requested:
-                raise NoRequest("no upgrade request within the time limit")
+            await ws._read_request({} if upgrading is None else upgrading)
+            requested = True
             yield ws
             await ws._finish(close_timeout)
             nursery.cancel_scope.cancel()
