@@ -11,9 +11,10 @@ It numbers the events (adjacent deltas become one that has the numbers of all), 
 one batch, and when they are stored makes all of them visible in one step without an await: into the log, into the view,
 to whoever waits for them, to the readers.
 
-What the agent writes does not wake a task. It marks the publisher as dirty, and the gateway's flusher calls `flush` in
-its next pass, just before it visits the readers: while many sessions stream, one pass takes several deltas of each.
-Only a batch that a store takes its time for is the task's business.
+What is written does not wake a task. It marks the publisher as dirty, and the gateway's flusher calls `flush` in its
+next pass, just before it visits the readers: while many sessions stream, one pass takes several deltas of each. A
+batch that the store takes its time for is handed to it, and shown by the pass after it was stored; only one is on its
+way at a time. The task is for stores that have to be waited for, and for those that fail.
 
     stored BEFORE visible: a client, or another task, never sees a durable event that a crash could take back
     volatile events flow at once, but never before an earlier durable one
@@ -37,7 +38,7 @@ import trio
 from attrs import define, field, frozen
 
 from gateway.config import Limits
-from gateway.errors import StoreFenced, StoreUnavailable, StoreUnusable
+from gateway.errors import StoreError, StoreFenced, StoreUnavailable, StoreUnusable
 from gateway.protocol import codec
 from gateway.protocol.log import Log
 from gateway.protocol.messages import (
@@ -209,6 +210,13 @@ class Publisher:
         self._batch: list[_Numbered] = []
         """Numbered, and the task's to commit."""
         self._working = False
+        """Whether a batch is on its way: handed to the store, or the task's."""
+        self._handed: tuple[list[_Numbered], int] | None = None
+        """A batch that the store was given, and the reservation that goes with it."""
+        self._stored_it = False
+        self._failed: StoreError | None = None
+        """How storing the task's batch has ended before it got it."""
+        self._direct = pacer is not None and store.direct
         self._error: Exception | None = None
         self._retrying = False
         self._unavailable = False
@@ -222,7 +230,8 @@ class Publisher:
     ) -> None:
         """Hand in an event of the engine's own. Never waits; `done` tells when it is visible."""
         self._intake.append(_Item(what, done, digest, on_busy))
-        if self._pacer is not None and self._store.immediate:
+        if self._direct:
+            assert self._pacer is not None
             # The end of a text that its reader has already may come with the next pass.
             self._pacer.mark_publisher(self, urgent=self._silent or type(what) is not Finish)
         else:
@@ -273,24 +282,60 @@ class Publisher:
         """Publish until cancelled. When it ends, whoever waits to write gets `trio.BrokenResourceError`."""
         with self._outgoing:
             while True:
-                batch, self._batch = self._batch or self._collect(), []
-                self._working = bool(batch)
                 if self._error is not None:
                     raise self._error
-                if batch:
-                    await self._commit(batch)
-                else:
-                    await self._work.park()
+                if self._handed is None:
+                    batch, self._batch = self._batch or self._collect(), []
+                    self._working = bool(batch)
+                    if batch:
+                        await self._commit(batch)
+                        continue
+                await self._work.park()
 
     def flush(self) -> None:
-        """Publish what waits, here and now if nothing of it has to be waited for; else the task is woken."""
+        """Show what has been stored, and publish what waits, as far as that takes no waiting."""
+        if self._stored_it:
+            assert self._handed is not None
+            (batch, self._reserved), self._handed = self._handed, None
+            self._stored_it = self._working = False
+            self._show(batch)
         if self._working:
-            return  # the task takes it when it is through
+            return  # whatever comes now is taken when that is through
         batch = self._collect()
-        if batch and not self._commit_nowait(batch):
-            self._batch = batch
+        if batch and (batch := self._show_volatile(batch)):
             self._working = True
-            self._work.unpark()
+            if self._direct:
+                self._hand_over(batch)
+            else:
+                self._give_to_task(batch)
+
+    def _hand_over(self, batch: list[_Numbered]) -> None:
+        stored, reserved = self._what_to_store(batch)
+        self._handed = batch, reserved
+        try:
+            self._stored_it = self._store.append_soon(self._session_id, stored, reserved, self._appended)
+        except StoreError as exc:
+            self._appended(exc)
+        else:
+            if self._stored_it:
+                self.flush()
+
+    def _appended(self, error: StoreError | None) -> None:
+        """The store is through with what it was handed."""
+        assert self._pacer is not None
+        assert self._handed is not None
+        if error is None:
+            self._stored_it = True
+            self._pacer.mark_publisher(self, urgent=True)
+        else:
+            batch, self._handed = self._handed[0], None
+            self._give_to_task(batch, error)
+
+    def _give_to_task(self, batch: list[_Numbered], error: StoreError | None = None) -> None:
+        """Have the task store it, or do what is to be done after that has failed."""
+        self._batch = batch
+        self._failed = error
+        self._work.unpark()
 
     def crashed(self, exc: Exception) -> None:
         """`flush` failed: the task ends with its error."""
@@ -438,35 +483,29 @@ class Publisher:
             output.metadata = {"more": True}
         return outputs
 
-    def _commit_nowait(self, batch: list[_Numbered]) -> bool:
-        """Store and show the batch if that takes no waiting."""
-        last = batch[-1].event.seq
-        if last > self._reserved or not all(one.event.volatile for one in batch):
-            if not self._store.immediate:
-                return False
-            stored = [self._stored(one) for one in batch if not one.event.volatile]
-            reserved = self._reserve(last)
-            self._store.append_nowait(self._session_id, stored, reserved)
-            self._reserved = reserved
-        self._show(batch)
-        return True
+    def _show_volatile(self, batch: list[_Numbered]) -> list[_Numbered]:
+        """Show what need not be stored and has nothing before it that must be; returns the rest."""
+        reserved = self._reserved
+        count = 0
+        for one in batch:
+            if not one.event.volatile or one.event.seq > reserved:
+                break
+            count += 1
+        if count:
+            self._show(batch[:count])
+        return batch[count:]
 
-    def _reserve(self, last: int) -> int:
+    def _what_to_store(self, batch: list[_Numbered]) -> tuple[list[Stored], int]:
+        """The batch's durable events, and the reservation that its numbers need."""
+        last = batch[-1].event.seq
         # Half a block is left when the next one is taken, so streaming rarely waits for it.
-        return self._reserved if last + NUMBER_BLOCK // 2 <= self._reserved else last + NUMBER_BLOCK
+        reserved = self._reserved if last + NUMBER_BLOCK // 2 <= self._reserved else last + NUMBER_BLOCK
+        return [self._stored(one) for one in batch if not one.event.volatile], reserved
 
     async def _commit(self, batch: list[_Numbered]) -> None:
         """Store what is durable, then show everything, in order."""
-        while batch:
-            if self._commit_nowait(batch):
-                return
-            start = next((i for i, one in enumerate(batch) if not one.event.volatile), len(batch))
-            early = [one for one in batch[:start] if one.event.seq <= self._reserved]
-            if early:
-                self._show(early)
-                batch = batch[len(early) :]
-            stored = [self._stored(one) for one in batch if not one.event.volatile]
-            reserved = self._reserve(batch[-1].event.seq)
+        while batch := self._show_volatile(batch):
+            stored, reserved = self._what_to_store(batch)
             if await self._store_or_trim(stored, reserved, batch):
                 self._reserved = reserved
                 self._show(batch)
@@ -474,7 +513,10 @@ class Publisher:
 
     async def _store_or_trim(self, stored: list[Stored], reserved: int, batch: list[_Numbered]) -> bool:
         """Append; if the store cannot write, refuse the batch's inputs and wait a little. True when it is stored."""
+        failed, self._failed = self._failed, None
         try:
+            if failed is not None:
+                raise failed
             await self._store.append(self._session_id, stored, reserved)
         except StoreUnavailable as exc:
             if not self._unavailable:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from gateway.config import Limits
 from gateway.config import Store as StoreSettings
 from gateway.errors import ConfigError
-from gateway.store.base import Purged, Retention, SessionRecord, Store, Stored, StoredInput, StoredSession
+from gateway.store.base import Appended, Purged, Retention, SessionRecord, Store, Stored, StoredInput, StoredSession
 from gateway.store.memory import MemoryStore
 
 __all__ = [
+    "Appended",
     "MemoryStore",
     "Purged",
     "Retention",

@@ -22,12 +22,13 @@ the state.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from attrs import field, frozen
 
 from gateway.config import HOUR_MS, MIB
+from gateway.errors import StoreError
 from gateway.protocol.keys import Key
 from gateway.protocol.messages import Event, Input, TurnStarted
 
@@ -118,6 +119,10 @@ class Purged:
     size_left: int = 0
 
 
+Appended = Callable[[StoreError | None], None]
+"""Told how an `append_soon` ended."""
+
+
 class Store(ABC):
     """Keeps sessions. Used as ``async with store:``; every method may be called by many tasks at once.
 
@@ -128,8 +133,8 @@ class Store(ABC):
     durable: bool
     """Whether what `append` returned for survives a crash of the process and the machine: `accepted.durable`."""
 
-    immediate = False
-    """Whether there is an `append_nowait`."""
+    direct = False
+    """Whether there is an `append_soon`."""
 
     @abstractmethod
     async def __aenter__(self) -> Store:
@@ -182,8 +187,17 @@ class Store(ABC):
             StoreRefused: the session is not known, or a number is not above all that are stored.
         """
 
-    def append_nowait(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
-        """`append`, in a store that never waits (`immediate`)."""
+    def append_soon(self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended) -> bool:
+        """`append` for callers that do not wait, in a store that is `direct`: it spares a task for each session that
+        writes.
+
+        Returns:
+            True when it is written already. Otherwise `done` is called later, synchronously, with None or with what
+            `append` would have raised; it must not raise itself.
+
+        Raises:
+            What `append` does, if that is known at once; `done` is not called then.
+        """
         raise NotImplementedError
 
     @abstractmethod

@@ -13,7 +13,7 @@ from gateway.errors import StoreRefused
 from gateway.protocol.keys import Key
 from gateway.protocol.messages import Answered, Ask, Event, Input, State, TurnStarted, Withdrawn
 from gateway.protocol.patch import merge_patch
-from gateway.store.base import Purged, Retention, SessionRecord, Store, Stored, StoredInput, StoredSession
+from gateway.store.base import Appended, Purged, Retention, SessionRecord, Store, Stored, StoredInput, StoredSession
 from gateway.store.facts import OpenInput, check, fold, retried
 
 
@@ -66,7 +66,7 @@ class MemoryStore(Store):
     """
 
     durable = False
-    immediate = True
+    direct = True
 
     def __init__(
         self, *, max_events: int = 10_000, max_bytes: int = 8 * MIB, retention: Retention | None = None
@@ -127,9 +127,11 @@ class MemoryStore(Store):
         return [event for event, _, _ in session.events if after < event.seq <= upto] if session else []
 
     async def append(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
-        self.append_nowait(session_id, batch, reserved)
+        self.append_soon(session_id, batch, reserved)
 
-    def append_nowait(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
+    def append_soon(
+        self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended | None = None
+    ) -> bool:
         session = self._sessions.get(session_id)
         if session is None:
             raise StoreRefused(f"session {session_id} is not known")
@@ -169,6 +171,7 @@ class MemoryStore(Store):
             event, size, _ = session.events.popleft()
             session.floor = event.seq
             session.size -= size
+        return True
 
     async def delete(self, session_id: str) -> None:
         self._sessions.pop(session_id, None)

@@ -57,7 +57,7 @@ from gateway.config import MIB
 from gateway.errors import StoreUnavailable
 from gateway.protocol.messages import Event
 from gateway.store import sqlite_reader
-from gateway.store.base import Purged, Retention, SessionRecord, Store, Stored, StoredSession
+from gateway.store.base import Appended, Purged, Retention, SessionRecord, Store, Stored, StoredSession
 from gateway.store.sqlite_file import (
     Connect,
     Durability,
@@ -200,7 +200,7 @@ class SqliteStore(Store):
                 # Behind everything that was handed over before.
                 last = Job((), lambda writer: None)
                 self._submit(last)
-                await last.done.wait()
+                await last.wait()
                 async with self._read_turn:
                     self._reader.close()
             finally:
@@ -208,7 +208,7 @@ class SqliteStore(Store):
                 self._groups.put(None)
             await self._closed.wait()
 
-    # writing: the event loop's side. Nothing here awaits but the waiting for `Operation.done`.
+    # writing: the event loop's side. Nothing here awaits but `Operation.wait`.
 
     def _submit(self, operation: Operation) -> None:
         self._pending.append(operation)
@@ -246,15 +246,20 @@ class SqliteStore(Store):
             for session_id in operation.session_ids:
                 if self._last.get(session_id) is operation:
                     del self._last[session_id]
-            operation.done.set()
+            calls, operation.done = operation.done, []
+            for call in calls:
+                call(operation.error)
         if self._pending:
             self._schedule()
 
-    async def _write(self, operation: Operation) -> None:
+    def _check_open(self) -> None:
         if not self._open:
             raise StoreUnavailable(f"{self._path}: the store is closed")
+
+    async def _write(self, operation: Operation) -> None:
+        self._check_open()
         self._submit(operation)
-        await operation.done.wait()
+        await operation.wait()
         if operation.error is not None:
             raise operation.error
 
@@ -284,6 +289,12 @@ class SqliteStore(Store):
         size = sum([len(item.payload) for item in batch])
         await self._write(Append((session_id,), batch, reserved, size))
 
+    def append_soon(self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended) -> bool:
+        self._check_open()
+        size = sum([len(item.payload) for item in batch])
+        self._submit(Append((session_id,), batch, reserved, size, done=[done]))
+        return False
+
     async def delete(self, session_id: str) -> None:
         await self._job((session_id,), partial(Writer.remove, session_ids=(session_id,)))
 
@@ -291,8 +302,7 @@ class SqliteStore(Store):
 
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Run a query in a thread. Cancelling waits for it: a look takes milliseconds."""
-        if not self._open:
-            raise StoreUnavailable(f"{self._path}: the store is closed")
+        self._check_open()
         try:
             return await trio.to_thread.run_sync(query, self._reader, limiter=self._read_turn)
         except sqlite3.Error as exc:
@@ -303,7 +313,7 @@ class SqliteStore(Store):
     ) -> StoredSession | None:
         last = self._last.get(session_id)
         if last is not None:
-            await last.done.wait()
+            await last.wait()
         look = partial(sqlite_reader.load, max_events=max_events, max_bytes=max_bytes, tail_bytes=tail_bytes)
         return await self._read(partial(look, session_id=session_id))
 

@@ -18,7 +18,7 @@ from attrs import define, field
 from gateway.errors import StoreError, StoreRefused, StoreUnavailable
 from gateway.protocol.messages import Input
 from gateway.protocol.patch import merge_patch
-from gateway.store.base import SessionRecord, Stored
+from gateway.store.base import Appended, SessionRecord, Stored
 from gateway.store.facts import FOLDED, OpenInput, check, fold, retried
 from gateway.store.sqlite_file import check_token, explain
 from gateway.store.sqlite_reader import OPEN_ASKS
@@ -98,11 +98,18 @@ _WRITE = f"INSERT INTO written VALUES ({', '.join('?' for _ in _GROUP)})"
 
 @define(eq=False)
 class Operation:
-    """Something for the writer. `done` is set on the event loop when it is committed or has failed with `error`."""
+    """Something for the writer. When it is committed or has failed with `error`, each of `done` is called on the event
+    loop."""
 
     session_ids: Sequence[str]
-    done: trio.Event = field(factory=trio.Event, kw_only=True)
+    done: list[Appended] = field(factory=list, kw_only=True)
     error: StoreError | None = field(default=None, kw_only=True)
+
+    async def wait(self) -> None:
+        """Wait for the end of it. Cancelling is safe, and changes nothing."""
+        event = trio.Event()
+        self.done.append(lambda _: event.set())
+        await event.wait()
 
 
 @define(eq=False)

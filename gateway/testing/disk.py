@@ -13,9 +13,9 @@ import trio
 from attrs import evolve, frozen
 
 from gateway.config import MIB
-from gateway.errors import StoreUnavailable, StoreUnusable
+from gateway.errors import StoreError, StoreUnavailable, StoreUnusable
 from gateway.protocol.messages import Event
-from gateway.store import Purged, SessionRecord, Store, Stored, StoredSession
+from gateway.store import Appended, Purged, SessionRecord, Store, Stored, StoredSession
 from gateway.store.memory import MemoryStore
 
 T = TypeVar("T")
@@ -165,6 +165,7 @@ class DiskStore(Store):
     """One process's store; see `Disk.open`."""
 
     durable = True
+    direct = True
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
@@ -180,6 +181,19 @@ class DiskStore(Store):
 
     async def append(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
         await self._disk.commit(self, Commit(session_id, reserved, None, tuple(batch)))
+
+    def append_soon(self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended) -> bool:
+        async def write() -> None:
+            try:
+                await self.append(session_id, batch, reserved)
+            except StoreError as exc:
+                done(exc)
+            else:
+                done(None)
+
+        # As a disk's own business: it ends when it is done, or with the world.
+        trio.lowlevel.spawn_system_task(write)
+        return False
 
     async def load(
         self, session_id: str, *, max_events: int, max_bytes: int, tail_bytes: int = 1 << 62

@@ -201,7 +201,7 @@ async def test_bounded_with_a_store_that_does_not_answer() -> None:
     hangs = False
 
     class HangingStore(MemoryStore):
-        immediate = False
+        direct = False
 
         async def append(self, session_id, batch, reserved):  # type: ignore[no-untyped-def]
             if hangs:
@@ -245,7 +245,7 @@ async def test_an_input_that_is_being_stored_still_gets_its_answer() -> None:
     waiting = trio.Event()
 
     class SlowStore(MemoryStore):
-        immediate = False
+        direct = False
 
         async def append(self, session_id, batch, reserved):  # type: ignore[no-untyped-def]
             waiting.set()

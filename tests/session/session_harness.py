@@ -63,7 +63,7 @@ class ObedientStore(MemoryStore):
     """A store that can be held, and told to fail. It also checks what a session may hand in."""
 
     durable = True
-    immediate = False
+    direct = False
 
     def __init__(self) -> None:
         super().__init__()
