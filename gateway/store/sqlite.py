@@ -114,6 +114,8 @@ class SqliteStore(Store):
         make_connection: for tests.
     """
 
+    direct = True
+
     def __init__(
         self,
         path: str | os.PathLike[str],
