@@ -66,7 +66,7 @@ async def repeats(line: Line) -> None:
 
 
 async def disturbs(line: Line) -> None:
-    # Those that were there before: what is left to read of a line that the fuzzer is through with must not cut its next.
+    # Those that were there before: what is left to read of a line that was given up must not cut the next one.
     for other in line.proxy.lines[: line.proxy.lines.index(line)]:
         await other.cut()
 
