@@ -125,7 +125,7 @@ def split(data: bytes) -> tuple[list[bytes], int | None, bool]:
     size = (data[0] if data else 0) or MAX_INPUT
     rest = data[1:MAX_INPUT]
     ours, _ = memory_pair()
-    ws = ServerWebSocket(ours, _NO_TASKS, max_message_bytes=2 * MAX_INPUT, max_queued_frames=8)
+    ws = ServerWebSocket(ours, _NO_TASKS, max_message_bytes=2 * MAX_INPUT, max_queued_frames=8, handshake_timeout=1)
     ws._stream = _Chunks([rest[at : at + size] for at in range(0, len(rest), size)])  # type: ignore[assignment]
     ws.phase = Phase.OPEN
     messages: list[bytes] = []

@@ -223,6 +223,20 @@ async def test_bounded_with_a_store_that_does_not_answer() -> None:
         release.set()
 
 
+async def test_a_request_that_is_being_read_is_answered_when_the_drain_begins() -> None:
+    async with gateway_of() as gateway:
+        stream = gateway.connect()
+        await stream.send_all(b"GET /ws HTTP/1.1\r\nHost: x\r\n")
+        await eventually(lambda: len(gateway.upgrading) == 1)
+        gateway.drain_nowait()
+        answer = b""
+        while data := await stream.receive_some():
+            answer += data
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert answer.endswith(b"the gateway is stopping; try again in a moment\n")
+        await stream.aclose()
+
+
 async def test_who_comes_in_memory_during_a_drain_is_told_to_come_back() -> None:
     agent = Held()
     async with gateway_of(agent, server={"drain_timeout_ms": 10_000}) as gateway, joined(gateway) as running:

@@ -175,6 +175,25 @@ async def test_a_turn_may_run_for_max_turn_ms(autojump_clock: Any) -> None:
         assert bench.reader.of(Output)[0].metadata == {"partial": True}
 
 
+async def test_every_turn_has_its_own_time(autojump_clock: Any) -> None:
+    """One timer watches all turns of a session: it may go off for one that is over."""
+    agent = Script()
+    async with open_bench(agent, limits=Limits(max_turn_ms=1000)) as bench:
+        bench.send("r1")
+        await trio.sleep(0.8)
+        await agent.finish()
+        bench.send("r2")
+        await trio.sleep(0.9)  # until 1.7: the first one's time was over at 1.0
+        await agent.finish()
+        assert bench.ends == ["completed", "completed"]
+        await trio.sleep(5)
+        bench.send("r3")
+        await trio.sleep(0.99)
+        assert len(bench.ends) == 2
+        await trio.sleep(0.02)
+        assert bench.ends[2:] == ["timed_out"]
+
+
 async def test_the_time_a_turn_waits_for_the_store_is_not_its_own(autojump_clock: Any) -> None:
     agent = Script()
     async with open_bench(agent, limits=Limits(max_turn_ms=1000)) as bench:

@@ -10,7 +10,7 @@ import pytest
 import trio
 from store_helpers import MANY, Script, queue, seqs, stored, taken
 
-from gateway.errors import StoreRefused
+from gateway.errors import StoreError, StoreRefused
 from gateway.protocol import messages as m
 from gateway.protocol.keys import Key, digest_of
 from gateway.protocol.log import Log
@@ -125,6 +125,34 @@ async def test_a_batch_is_stored_as_a_whole_or_not_at_all(make: Make) -> None:
         with pytest.raises(StoreRefused, match="given before"):
             await script.write(*bad, reserved=9999)
         assert await script.load() == before
+
+
+async def test_append_soon_is_append_for_who_does_not_wait(make: Make) -> None:
+    async with make() as store:
+        script = await Script(store).create()
+        told: list[StoreError | None] = []
+        over = trio.Event()
+
+        def done(error: StoreError | None) -> None:
+            told.append(error)
+            if len(told) == 3:
+                over.set()
+
+        def append(session_id: str, *events: m.Event) -> None:
+            try:
+                if store.append_soon(session_id, [stored(event) for event in events], 0, done):
+                    done(None)
+            except StoreError as exc:
+                done(exc)
+
+        assert store.direct
+        append("s", script.input("a"), script.start("t", "a"))
+        append("unknown", script.output())
+        append("s", script.end("t"))
+        # A load, too, sees what was handed over before it.
+        assert seqs(await script.load()) == [1, 2, 4]
+        await over.wait()
+        assert [type(error) for error in told] == [type(None), StoreRefused, type(None)]
 
 
 async def test_a_number_is_taken_only_once_and_only_upwards(make: Make) -> None:

@@ -113,13 +113,14 @@ def test_the_gateway_machine_sees_that_a_disconnect_stops_the_turn(monkeypatch: 
 
 
 def test_the_gateway_machine_sees_that_events_are_shown_before_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def show_first(self: Publisher, batch: list[Any]) -> None:
-        stored = [self._stored(one) for one in batch if not one.event.volatile]
+    def show_first(self: Publisher, batch: list[Any]) -> None:
+        stored, _ = self._what_to_store(batch)
         self._show(batch)
         self._reserved += NUMBER_BLOCK
-        await self._store.append(self._session_id, stored, self._reserved)
+        self._handed = [], self._reserved
+        self._store.append_soon(self._session_id, stored, self._reserved, self._appended)
 
-    monkeypatch.setattr(Publisher, "_commit", show_first)
+    monkeypatch.setattr(Publisher, "_hand_over", show_first)
     with pytest.raises(Violation):
         run(GatewayMachine, 60, quick)
 
