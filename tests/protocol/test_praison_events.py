@@ -634,6 +634,60 @@ def test_no_token_follows_a_segment_that_was_perhaps_not_had() -> None:
     assert contents(line.client.finals["t1"]) == "one two"
 
 
+def holed() -> tuple[Writer, Line]:
+    """A turn goes on, and its client was perhaps cut in the answer's first segment: it gets no token behind that."""
+    writer = Writer(marks=False)
+    writer.start()
+    writer.delta("one ")
+    writer.seal(more=True)
+    writer.log.keep_marks()
+    line = Line(writer)
+    line.client.cursor = 3
+    line.connect()
+    line.catch_up()
+    return writer, line
+
+
+def test_a_hole_in_the_answer_ends_with_its_response() -> None:
+    writer, line = holed()
+    writer.delta("two")
+    writer.seal()
+    writer.delta("three")
+    line.catch_up()
+    writer.end()
+    line.catch_up()
+    assert line.client.tokens == {("t1", "answer"): "three"}
+    assert [final["content"] for final in line.client.finals["t1"]] == ["one two", "three"]
+
+
+def test_a_hole_in_the_answer_is_none_in_the_reasoning() -> None:
+    writer, line = holed()
+    writer.delta("two")
+    writer.delta("hm", "reasoning")
+    writer.seal("reasoning")
+    writer.end()
+    line.catch_up()
+    assert {key: text for key, text in line.client.tokens.items() if text} == {("t1", "reasoning"): "hm"}
+    assert contents(line.client.finals["t1"]) == "one two"
+
+
+def test_tokens_before_a_response_are_no_part_of_the_text_behind_it() -> None:
+    """Of that, the client has nothing yet: it gets all of it, though nobody knows any more how it was streamed."""
+    writer = Writer()
+    line = Line(writer)
+    writer.start()
+    writer.delta("one ")
+    line.read()
+    writer.seal()
+    line.read()
+    writer.delta("two")
+    writer.end()
+    assert writer.log.marks is not None
+    writer.log.marks.drop(writer.log.head)
+    line.catch_up()
+    check(writer, line.client)
+
+
 def test_what_is_remembered_of_an_answer() -> None:
     def output(content: str, turn_id: str = "t", channel: str = "answer", **metadata: bool) -> m.Output:
         return m.Output(turn_id=turn_id, channel=channel, content=content, metadata=metadata)
