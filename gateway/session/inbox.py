@@ -7,14 +7,13 @@ An accepted input is in exactly one place at any time, and `waiting` knows all o
     STORING ──▶ INBOX ──▶ (the turn loop)          withdrawn from any of these: GONE
         └─────▶ STEER ──▶ taken by the running turn, or back to INBOX when it ends
 
-INBOX is a memory channel. Its receiver may have been handed an input and not have run yet; such an input is in no
-buffer, but still in `waiting`, so it can be withdrawn, and `step_back` makes it queue up again when something that
-ranks before it came meanwhile. `receive` looks at both after its last checkpoint.
+INBOX is a memory channel of fixed capacity.
 
-An input that comes while nothing waits and the loop does need not queue: `take` gives it to a turn while it is still
-being stored, and `wake` calls the loop when it is.
+An input that comes while nothing waits and no turn runs need not queue: `take` gives it to a turn while it is still
+being stored.
 
-Everything here but `receive` is synchronous: the loop sees the inbox before or after a change, never in between.
+Everything here is synchronous, and nobody waits in the channel: what is in it is in nobody's hand, so an input can
+be withdrawn, or another put before it, until the moment at which a turn has it.
 """
 
 from __future__ import annotations
@@ -43,8 +42,6 @@ class QueuedInput:
     on_busy: BusyMode
     digest: bytes
     place: Place = Place.STORING
-    step_back: bool = False
-    """Set when the loop has it in hand but something must run before it."""
     repliers: list[Callable[[Error | None, int, bool], None]] = field(factory=list)
     """Whoever sent it and waits for `accepted`: called with an error or None, how many inputs wait before it, and
     whether it is a repetition."""
@@ -70,7 +67,7 @@ class Inbox:
         self.storing: dict[str, QueuedInput] = {}
         self._ready = 0  # in `waiting` and stored
         self._leaving = 0  # in `storing` and withdrawn
-        self._in, self._out = trio.open_memory_channel[QueuedInput | None](capacity)
+        self._in, self._out = trio.open_memory_channel[QueuedInput](capacity)
 
     @property
     def held(self) -> int:
@@ -147,7 +144,7 @@ class Inbox:
         return [queued.event for queued in inputs]
 
     def following(self, queued: QueuedInput) -> list[QueuedInput]:
-        """Take off the front what runs in one turn with a received ``collect`` input: the same sender's next ones."""
+        """Take off the front what runs in one turn with a ``collect`` input: the same sender's next ones."""
         rest = self._drain()
         count = 0
         for other in rest:
@@ -158,23 +155,12 @@ class Inbox:
             self._in.send_nowait(other)
         return rest[:count]
 
-    async def receive(self) -> QueuedInput | None:
-        """Wait for the next input, which stays in `waiting` (the caller takes it without an await), or for `wake`."""
-        while True:
-            queued = await self._out.receive()
-            if queued is None:
-                return None
-            if queued.place is not Place.INBOX:
-                continue  # withdrawn while it was handed over
-            if not queued.step_back:
-                return queued
-            queued.step_back = False
-            self._refill([*self._drain(), queued])
-
-    def wake(self) -> None:
-        """Make `receive` return None, if the loop waits in it."""
-        if self._in.statistics().tasks_waiting_receive:
-            self._in.send_nowait(None)
+    def next(self) -> QueuedInput | None:
+        """Take the first input off, if there is one. The caller hands it to a turn (`take`) in the same step."""
+        try:
+            return self._out.receive_nowait()
+        except trio.WouldBlock:
+            return None
 
     def _leave(self, queued: QueuedInput) -> None:
         if queued.place is Place.STORING:
@@ -186,22 +172,11 @@ class Inbox:
 
     def _drain(self) -> list[QueuedInput]:
         taken: list[QueuedInput] = []
-        while True:
-            try:
-                queued = self._out.receive_nowait()
-            except trio.WouldBlock:
-                return taken
-            assert queued is not None, "a wake-up goes straight to the loop, which waits for it"
+        while (queued := self.next()) is not None:
             taken.append(queued)
+        return taken
 
     def _refill(self, inputs: Sequence[QueuedInput]) -> None:
         """Fill the (emptied) channel in the order of rank."""
-        ordered = sorted(inputs, key=lambda queued: queued.rank)
-        if ordered:
-            # What is in INBOX but neither here nor in the channel is in the loop's hand.
-            here, first = set(map(id, ordered)), ordered[0].rank
-            for queued in self.waiting.values():
-                if queued.place is Place.INBOX and id(queued) not in here and first < queued.rank:
-                    queued.step_back = True
-        for queued in ordered:
+        for queued in sorted(inputs, key=lambda queued: queued.rank):
             self._in.send_nowait(queued)

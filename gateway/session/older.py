@@ -50,6 +50,12 @@ class Older:
         """`newest`, as far as a snapshot's transcript may need it: about every second event belongs into one."""
         return await self.newest(2 * self._limits.snapshot_max_events, self._limits.max_frame_bytes)
 
+    @property
+    def wanted_for_transcript(self) -> bool:
+        """Whether `for_transcript` would have to read anything."""
+        room = self._limits.tail_max_bytes // 2 - self._log.held_bytes
+        return self._log.older_than_tail(1 << 62, room) is not None
+
     async def for_transcript(self) -> list[Event]:
         """`newest`, so that a turn finds half of ``tail_max_bytes`` even when many sessions share the memory.
 

@@ -4,14 +4,15 @@ Theory of operation
 -------------------
 Everything that decides is synchronous: `submit`, `abort`, `answer`, `attach`, `detach` change the session in one step
 and never wait, so a reader calls them inline and nothing of what it read can wait behind something else. What takes
-time happens in two tasks: the *turn loop*, which takes one input after the other from the inbox and runs the agent,
+time happens in three tasks: the *turn loop*, which takes one input after the other from the inbox, the turn's *agent*,
 and the *publisher*.
 
 An input is in the `Inbox`, in one place of it, until a turn takes it or it is withdrawn.
 
-"Busy" is not a flag: a turn is `self.turn`, set when the loop takes its inputs and unset in the step that makes its
-`turn_ended` visible. At most one turn runs because there is one loop. The next input is the loop's next iteration:
-constant stack, constant tasks.
+"Busy" is not a flag: a turn is `self.turn`, set in the step that takes its inputs and unset in the one that makes its
+`turn_ended` visible; inputs are only taken while there is none, so at most one turn runs. The agent starts in the step
+that makes `turn_started` visible. The loop is for what remains: inputs that had to wait, and starts that have to read
+older events first. The next input is its next iteration: constant stack, constant tasks.
 
 A turn ends in one step, `_close_turn`: it closes the turn's open questions and hands in its `Finish`. The agent's task
 does it when the agent is through; `stop_turn` says why it should be (the first reason counts), and if the agent is not
@@ -142,6 +143,8 @@ class Session:
         self._life = trio.CancelScope()
         self._timer = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
+        self._work = trio.lowlevel.ParkingLot()
+        """Where the turn loop waits. Unparked by whatever may let it go on; it looks for itself what there is to do."""
         self._inbox = Inbox(max(limits.max_inbox, len(stored.queue) if stored else 0))
         self.log = Log(
             max_events=limits.replay_max_events,
@@ -217,6 +220,7 @@ class Session:
                     self._nursery.start_soon(self._guard, self.publisher.run)
                     await self._guard(self._turn_loop)
         finally:
+            self._nursery = None
             self.publisher.forget_session()
 
     async def _guard(self, part: Callable[[], Awaitable[None]]) -> None:
@@ -461,6 +465,8 @@ class Session:
                 self.stop_turn(turn, "interrupted")
         else:
             self._inbox.append(queued)
+        if turn is None:
+            self._work.unpark()
 
     def _tell_credit(self) -> None:
         """Whoever was told that there is no room hears that there is."""
@@ -609,40 +615,49 @@ class Session:
         while True:
             with trio.CancelScope(deadline=self._due) as self._timer:
                 while True:
-                    await self._run_turn(self.turn or await self._next_turn())
+                    await self._go_on()
+                    # No await from the look at things to the waiting: whatever changes them wakes the loop.
+                    await self._work.park()
             self._look_at_time()
 
-    async def _next_turn(self) -> Turn:
-        queued = await self._inbox.receive()
-        if queued is None:
-            assert self.turn is not None
-            return self.turn
-        if self.draining:
-            await trio.sleep_forever()  # what waits stays stored, and runs after the restart
-        # No await between taking inputs out and having a turn: an input is in the inbox or owned by a turn.
-        taken = [queued]
-        if queued.on_busy == "collect":
-            taken += self._inbox.following(queued)
-        turn = self._begin_turn(self._inbox.take(taken))
-        self._tell_credit()
-        return turn
+    async def _go_on(self) -> None:
+        """Begin the next turn, or start the agent of one that has begun, if it is time for that.
 
-    def _begin_turn(self, inputs: Sequence[Input], attempt: int = 1) -> Turn:
-        """Make the turn and write its start. The loop runs it when that is stored."""
+        Cancelling is safe: called again, it goes on.
+        """
+        if self.turn is None and not self.draining:  # what waits then stays stored, and runs after the restart
+            queued = self._inbox.next()
+            if queued is not None:
+                taken = [queued]
+                if queued.on_busy == "collect":
+                    taken += self._inbox.following(queued)
+                self._begin_turn(self._inbox.take(taken))
+                self._tell_credit()
+        turn = self.turn
+        # Stored before the agent starts: after a crash the log says that it may have run.
+        if turn is not None and turn._started and not turn._running and not turn._closed:
+            turn._older = await self.older.for_transcript()
+            self._start_agent(turn)
+
+    def _begin_turn(self, inputs: Sequence[Input], attempt: int = 1) -> None:
+        """Make the turn and write its start. Its agent starts when that is stored."""
+        # No await between taking inputs out and having a turn: an input is in the inbox or owned by a turn.
         turn = self.turn = Turn(self, f"t_{self.sources.new_id()}", inputs, attempt)
         started = TurnStarted(
             turn_id=turn.turn_id, request_ids=[item.request_id for item in inputs], attempt=turn.attempt
         )
 
         def visible(event: Event | None) -> None:
-            turn._started.set()
             if event is None:
                 self._discard(turn)
-            else:
-                self._inbox.wake()
+                return
+            turn._started = True
+            if self._nursery is None or self.older.wanted_for_transcript:
+                self._work.unpark()  # that is the loop's, which can wait
+            elif not turn._closed:
+                self._start_agent(turn)
 
         self.publisher.enqueue(started, visible)
-        return turn
 
     def _discard(self, turn: Turn) -> None:
         """The store has refused the turn's input: neither ever was. Its agent has not been started."""
@@ -651,25 +666,14 @@ class Session:
         for reply in turn._on_ended:
             reply()
         turn._ended.set()
-
-    async def _run_turn(self, turn: Turn) -> None:
-        """Run the agent once. When this returns, the turn's `turn_ended` is visible and its work is over.
-
-        Cancelling is safe: called again for the same turn, it goes on.
-        """
-        # Stored before the agent starts: after a crash the log says that it may have run.
-        if not turn._started.is_set():
-            await turn._started.wait()
-        if not turn._running and not turn._closed:
-            turn._older = await self.older.for_transcript()
-            if turn._stop_reason is None:
-                self._start_agent(turn)
-            else:
-                self._close_turn(turn)
-        await turn._ended.wait()
+        self._work.unpark()
 
     def _start_agent(self, turn: Turn) -> None:
+        """Run the agent, once: no more than one call for a turn."""
         assert self._nursery is not None
+        if turn._stop_reason is not None:
+            self._close_turn(turn)
+            return
         turn._running = True
         turn._max_deadline = trio.current_time() + self.limits.max_turn_ms / 1000
         self._until(turn, turn._max_deadline)
@@ -741,6 +745,8 @@ class Session:
             for reply in turn._on_ended:
                 reply()
             turn._ended.set()
+            if self._inbox.waiting:
+                self._work.unpark()
 
         self.publisher.enqueue(Finish(turn.turn_id, outcome, error, text), lambda _: visible())
 

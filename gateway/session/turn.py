@@ -106,13 +106,13 @@ class Turn:
         self._progress: dict[str, int] = {}
         self._written = 0
         self._unyielded = 0
-        # For the engine: see `Session._run_turn`.
+        # For the engine: see `Session._go_on`.
         self._running = False
         self._closed = False
         self._discarded = False
         self._scope = trio.CancelScope()
         self._deadline = self._max_deadline = inf
-        self._started = trio.Event()
+        self._started = False
         self._ended = trio.Event()
         self._stop_reason: str | None = None
         self._result: str | None = None

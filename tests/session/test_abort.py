@@ -221,19 +221,20 @@ async def test_between_hand_over_and_start_the_agent_never_runs() -> None:
         assert len(bench.reader.got(Aborted)) == 1
 
 
-async def test_an_input_in_the_loops_hand_is_withdrawn() -> None:
-    """The waiting loop has been handed it, so it is in no buffer any more, but has not run yet."""
+async def test_an_input_that_the_loop_was_woken_for_is_withdrawn() -> None:
+    """The waiting loop is to run it, but has not looked yet."""
     agent = Script()
     async with open_bench(agent) as bench:
         wake = bench.reader.wake
-        handed_over: list[Place] = []
+        seen: list[Place] = []
 
         def look() -> None:
             wake()
             inbox = bench.session._inbox
-            if bench.ends and "r2" in inbox.waiting and inbox.waiting["r2"].place is Place.INBOX and not handed_over:
-                handed_over.append(inbox.waiting["r2"].place)
-                assert inbox._in.statistics().current_buffer_used == 0
+            if bench.ends and "r2" in inbox.waiting and inbox.waiting["r2"].place is Place.INBOX and not seen:
+                seen.append(inbox.waiting["r2"].place)
+                assert bench.session.turn is None
+                assert not bench.session._work.statistics().tasks_waiting
                 bench.abort(scope="queue")
 
         bench.reader.wake = look  # type: ignore[method-assign]
@@ -248,7 +249,7 @@ async def test_an_input_in_the_loops_hand_is_withdrawn() -> None:
         assert bench.ends, "the loop waits"
         bench.store.release()
         await settle()
-        assert handed_over == [Place.INBOX]
+        assert seen == [Place.INBOX]
         assert bench.reader.got(Aborted)[0].withdrawn == ["r2"]
         assert bench.turns == [["r1"]]
         bench.send("r3")

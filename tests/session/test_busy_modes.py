@@ -98,7 +98,7 @@ async def test_an_interrupt_ends_the_turn_and_goes_first() -> None:
 
 @pytest.mark.parametrize("steps", range(16))
 async def test_an_interrupt_of_a_session_that_is_about_to_run_another_goes_first(steps: int) -> None:
-    """At some step the loop was handed an input and has not run yet: the one in its hand has to step back."""
+    """At some step the loop was woken for an input and has not looked yet."""
     agent = Script()
     async with open_bench(agent) as bench:
         bench.send("r0")
@@ -307,7 +307,7 @@ async def test_a_message_at_any_moment_is_run_exactly_once(mode: Any, steps: int
 
 
 async def test_after_every_step_an_accepted_input_waits_or_has_a_turn() -> None:
-    """Looked at after each step of each task: the loop, too, may only be seen before or after the hand-over."""
+    """Looked at after each step of each task: the loop, too, may only be seen before or after it takes one."""
     steps = 0
     homeless: set[str] = set()
 
