@@ -42,13 +42,14 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             session INTEGER NOT NULL, seq INTEGER NOT NULL, type TEXT NOT NULL, payload BLOB NOT NULL,
             PRIMARY KEY (session, seq)) WITHOUT ROWID""",
         "CREATE INDEX events_state ON events (session, seq) WHERE type = 'state'",
-        # One row per input is both its idempotency key and, while `done` is 0, its place in the queue or in the open
-        # turn (`turn` is that turn's `seq`). Its event is in `events` for as long as `done` is 0.
+        # One row per input is both its idempotency key and its place in the queue, or in the turn that took it (`turn`
+        # is that turn's `seq`). It is open while it waits (no `turn`, not `withdrawn`) or has the session's open turn;
+        # for as long its event is in `events`. So the end of a turn is written to its session's row alone.
         """CREATE TABLE inputs (
             session INTEGER NOT NULL, seq INTEGER NOT NULL, request_id TEXT NOT NULL, digest BLOB NOT NULL,
-            at INTEGER NOT NULL, on_busy TEXT NOT NULL, turn INTEGER, done INTEGER NOT NULL,
+            at INTEGER NOT NULL, on_busy TEXT NOT NULL, turn INTEGER, withdrawn INTEGER NOT NULL,
             PRIMARY KEY (session, seq)) WITHOUT ROWID""",
-        "CREATE INDEX inputs_open ON inputs (session) WHERE done = 0",
+        "CREATE INDEX inputs_waiting ON inputs (session) WHERE turn IS NULL AND withdrawn = 0",
     ),
 )
 """The schema, as the steps that lead to it: entry *n* - 1 leads from version *n* - 1 to *n*. Never change an entry that

@@ -28,6 +28,14 @@ OPEN_ASKS = """SELECT seq, payload FROM events WHERE session = :session AND seq 
 """The questions of the open turn that nobody has answered. They are kept for as long as they are open."""
 
 
+WAITING = "inputs.turn IS NULL AND inputs.withdrawn = 0"
+"""The inputs that no turn has taken."""
+
+DONE = """(inputs.withdrawn = 1 OR inputs.turn IS NOT NULL AND inputs.turn IS NOT (
+    SELECT s.turn FROM sessions AS s WHERE s.id = inputs.session))"""
+"""The inputs that were withdrawn or had a turn that is over."""
+
+
 @contextmanager
 def _one_look(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("BEGIN")
@@ -78,11 +86,12 @@ def load(
         events = _events(connection, "session = ? AND seq > ?", (id_, tail))
         patches = _payloads(connection, "session = ? AND type = 'state'", (id_,))
         (text,) = connection.execute(
-            """SELECT json_group_array(json_array(seq, request_id, hex(digest), at, on_busy, turn, done)) FROM inputs
-            WHERE session = ?""",
+            """SELECT json_group_array(json_array(seq, request_id, hex(digest), at, on_busy, turn, withdrawn))
+            FROM inputs WHERE session = ?""",
             (id_,),
         ).fetchone()
         inputs = sorted(orjson.loads(text))
+        open_ = {row[0] for row in inputs if (not row[6] if row[5] is None else row[5] == turn)}
         asks: list[str] = []
         if turn is not None:
             (text,) = connection.execute(
@@ -90,7 +99,7 @@ def load(
                 {"session": id_, "turn": turn},
             ).fetchone()
             asks = orjson.loads(text)
-        wanted = [row[0] for row in inputs if not row[6]] + ([] if turn is None else [turn])
+        wanted = sorted(open_) + ([] if turn is None else [turn])
         kept = {event.seq: event for event in events}
         if missing := [seq for seq in wanted if seq not in kept]:
             where = "session = ? AND seq IN (SELECT value FROM json_each(?))"
@@ -101,10 +110,10 @@ def load(
     waiting: list[StoredInput] = []
     taken: list[StoredInput] = []
     keys: dict[str, Key] = {}
-    for seq, request_id, digest, at, on_busy, in_turn, done in inputs:
+    for seq, request_id, digest, at, on_busy, in_turn, _ in inputs:
         keys.pop(request_id, None)
         keys[request_id] = Key(seq, bytes.fromhex(digest), at)
-        if not done:
+        if seq in open_:
             event = kept.get(seq)
             if not isinstance(event, Input):
                 raise StoreUnusable(f"session {session_id}: the stored input {seq} is missing; restore a backup")
@@ -169,9 +178,9 @@ def _events(connection: sqlite3.Connection, where: str, values: tuple[Any, ...])
 def unfinished(connection: sqlite3.Connection) -> list[str]:
     """Ids of the sessions with an open turn or waiting inputs, oldest activity first."""
     (text,) = connection.execute(
-        """SELECT json_group_array(session_id) FROM (
+        f"""SELECT json_group_array(session_id) FROM (
             SELECT session_id FROM sessions WHERE id IN (
-                SELECT id FROM sessions WHERE turn IS NOT NULL UNION SELECT session FROM inputs WHERE done = 0)
+                SELECT id FROM sessions WHERE turn IS NOT NULL UNION SELECT session FROM inputs WHERE {WAITING})
             ORDER BY active_at, id)"""
     ).fetchone()
     ids: list[str] = orjson.loads(text)
@@ -202,9 +211,9 @@ def idle_since(connection: sqlite3.Connection, at: int, after: tuple[int, int], 
         after: continue behind this (`active_at`, `id`).
     """
     (text,) = connection.execute(
-        """SELECT json_group_array(json_array(active_at, id, session_id, bytes, events)) FROM (
+        f"""SELECT json_group_array(json_array(active_at, id, session_id, bytes, events)) FROM (
             SELECT * FROM sessions AS s WHERE active_at <= ? AND (active_at, id) > (?, ?) AND turn IS NULL
-            AND NOT EXISTS (SELECT 1 FROM inputs WHERE session = s.id AND done = 0)
+            AND NOT EXISTS (SELECT 1 FROM inputs WHERE session = s.id AND {WAITING})
             ORDER BY active_at, id LIMIT ?)""",
         (at, *after, limit),
     ).fetchone()
@@ -214,8 +223,9 @@ def idle_since(connection: sqlite3.Connection, at: int, after: tuple[int, int], 
 def sessions_with_keys_before(connection: sqlite3.Connection, at: int, after: int, limit: int) -> Sequence[int]:
     """Sessions (their row numbers, above `after`) with keys that are done with and older than `at` (ms)."""
     (text,) = connection.execute(
-        """SELECT json_group_array(session) FROM (
-            SELECT DISTINCT session FROM inputs WHERE done = 1 AND at < ? AND session > ? ORDER BY session LIMIT ?)""",
+        f"""SELECT json_group_array(session) FROM (
+            SELECT DISTINCT session FROM inputs WHERE at < ? AND session > ? AND {DONE}
+            ORDER BY session LIMIT ?)""",
         (at, after, limit),
     ).fetchone()
     ids: list[int] = orjson.loads(text)

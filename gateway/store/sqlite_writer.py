@@ -21,7 +21,7 @@ from gateway.protocol.patch import merge_patch
 from gateway.store.base import Appended, SessionRecord, Stored
 from gateway.store.facts import FOLDED, OpenInput, check, fold, retried
 from gateway.store.sqlite_file import check_token, explain
-from gateway.store.sqlite_reader import OPEN_ASKS
+from gateway.store.sqlite_reader import DONE, OPEN_ASKS, WAITING
 
 
 class _Rows:
@@ -64,7 +64,7 @@ def _text(rows: str, index: int) -> str:
     return f"CAST({_blob(rows, index)} AS TEXT)"
 
 
-_GROUP = ("token", "born", "born_parts", "events", "events_parts", "inputs", "inputs_parts", "consumed", "changed")
+_GROUP = ("token", "born", "born_parts", "events", "events_parts", "inputs", "inputs_parts", "taken", "changed")
 """What a group of operations writes, as the columns of one row."""
 
 _SCHEMA = (
@@ -78,12 +78,12 @@ _SCHEMA = (
             (SELECT m.value FROM meta AS m WHERE m.name = 'generation') FROM json_each(NEW.born);
         INSERT INTO events (session, seq, type, payload)
         SELECT {_number(0)}, {_number(1)}, {_text("events", 2)}, {_blob("events", 4)} FROM json_each(NEW.events);
-        INSERT INTO inputs (session, seq, at, turn, done, request_id, digest, on_busy)
+        INSERT INTO inputs (session, seq, at, turn, withdrawn, request_id, digest, on_busy)
         SELECT {_number(0)}, {_number(1)}, {_number(2)}, {_number(3)}, {_number(4)},
             {_text("inputs", 5)}, {_blob("inputs", 7)}, {_text("inputs", 9)} FROM json_each(NEW.inputs);
-        UPDATE inputs SET turn = new.turn, done = new.done
-        FROM (SELECT {_number(0)} AS session, {_number(1)} AS seq, {_number(2)} AS turn, {_number(3)} AS done
-            FROM json_each(NEW.consumed)) AS new
+        UPDATE inputs SET turn = new.turn, withdrawn = new.withdrawn
+        FROM (SELECT {_number(0)} AS session, {_number(1)} AS seq, {_number(2)} AS turn, {_number(3)} AS withdrawn
+            FROM json_each(NEW.taken)) AS new
         WHERE inputs.session = new.session AND inputs.seq = new.seq;
         UPDATE sessions SET reserved = new.reserved, head = new.head, events = new.events,
             bytes = new.bytes, turn = new.turn, active_at = new.active_at
@@ -138,6 +138,22 @@ KNOWN_MOST = 8192
 
 
 @define(eq=False)
+class _Input(OpenInput):
+    """An open input; `in_file` is its turn as the file has it."""
+
+    in_file: int | None = None
+
+    @property
+    def withdrawn(self) -> bool:
+        return self.done and self.turn is None
+
+    @property
+    def moved(self) -> bool:
+        """Whether its row must be written again. Not when its turn ends: the session's row says that."""
+        return self.turn != self.in_file or self.withdrawn
+
+
+@define(eq=False)
 class _Facts:
     """A row of ``sessions`` and its open inputs, as the file has them. Invariant: ``floor <= head <= reserved``."""
 
@@ -150,7 +166,7 @@ class _Facts:
     size: int
     turn: int | None
     active_at: int
-    inputs: dict[int, OpenInput] = field(factory=dict)
+    inputs: dict[int, _Input] = field(factory=dict)
     """By number, in order. Between two groups none of them is done with."""
     folded: bool = False
     """Whether anything may have happened to `inputs` in this group."""
@@ -261,7 +277,7 @@ class Writer:
 
     def _write(self, group: Sequence[Operation]) -> None:
         known = self._recall(group)
-        born, events, inputs, consumed, rows = _Rows(), _Rows(), _Rows(), _Rows(), _Rows()
+        born, events, inputs, taken, rows = _Rows(), _Rows(), _Rows(), _Rows(), _Rows()
         changed: dict[str, _Facts] = {}
         given: dict[tuple[int, int], Stored] = {}
         for operation in group:
@@ -288,11 +304,12 @@ class Writer:
                 item = given.pop((facts.id, seq), None)
                 if item is not None:
                     _add_input(inputs, facts.id, item, kept)
-                elif kept.turn is not None or kept.done:
-                    consumed.add((facts.id, seq, kept.turn, int(kept.done)))
+                elif kept.moved:
+                    taken.add((facts.id, seq, kept.turn, int(kept.withdrawn)))
+                    kept.in_file = kept.turn
             facts.close_group()
         if rows:
-            values = (*born.values(), *events.values(), *inputs.values(), consumed.values()[0], rows.values()[0])
+            values = (*born.values(), *events.values(), *inputs.values(), taken.values()[0], rows.values()[0])
             try:
                 self._execute(_WRITE, self._token, *values)
             except sqlite3.IntegrityError as exc:
@@ -346,18 +363,21 @@ class Writer:
         known = {row[0]: _Facts(*row) for row in rows}
         if known:
             ids = {facts.id: facts for facts in known.values()}
-            query = """SELECT json_group_array(json_array(session, seq, request_id, turn, done)) FROM inputs
+            query = """SELECT json_group_array(json_array(session, seq, request_id, turn)) FROM inputs
                 WHERE session IN (SELECT value FROM json_each(?)) AND """
-            inputs = self._json(query + "done = 0", _dump(list(ids)))
+            inputs = self._json(query + WAITING, _dump(list(ids)))
+            if in_turn := [facts.id for facts in known.values() if facts.turn is not None]:
+                inputs += self._json(query + f"turn IS NOT NULL AND NOT {DONE}", _dump(in_turn))
             if retry := [facts.id for facts in known.values() if facts.session_id in again]:
                 inputs += self._json(
                     query
-                    + """done = 1 AND turn IS NOT NULL AND EXISTS (
+                    + f"""{DONE} AND turn IS NOT NULL AND EXISTS (
                         SELECT 1 FROM events AS e WHERE e.session = inputs.session AND e.seq = inputs.seq)""",
                     _dump(retry),
                 )
-            for session, seq, request_id, turn, done in sorted(inputs, key=lambda row: row[:2]):
-                ids[session].inputs[seq] = OpenInput(request_id, turn, bool(done))
+            for session, seq, request_id, turn in sorted(inputs, key=lambda row: row[:2]):
+                facts = ids[session]
+                facts.inputs[seq] = _Input(request_id, turn, turn is not None and turn != facts.turn, in_file=turn)
         return known
 
     def _born(self, operation: Create, born: _Rows) -> _Facts:
@@ -397,7 +417,7 @@ class Writer:
         assert self._connection is not None
         self._connection.execute(
             f"""DELETE FROM events WHERE session = :session AND seq <= :floor AND seq IS NOT :turn
-            AND seq NOT IN (SELECT seq FROM inputs WHERE session = :session AND done = 0)
+            AND seq NOT IN (SELECT seq FROM inputs WHERE session = :session AND ({WAITING} OR turn = :turn))
             AND seq NOT IN (SELECT seq FROM ({OPEN_ASKS}))""",
             {"session": facts.id, "floor": floor, "turn": facts.turn},
         )
@@ -417,9 +437,9 @@ class Writer:
             idle_since: leave those with later activity (ms), waiting inputs or an open turn.
         """
         rows = self._json(
-            """SELECT json_group_array(json_array(id, bytes)) FROM sessions
+            f"""SELECT json_group_array(json_array(id, bytes)) FROM sessions
             WHERE session_id IN (SELECT value FROM json_each(?1)) AND (?2 IS NULL OR (active_at <= ?2
-            AND turn IS NULL AND NOT EXISTS (SELECT 1 FROM inputs WHERE session = id AND done = 0)))""",
+            AND turn IS NULL AND NOT EXISTS (SELECT 1 FROM inputs WHERE session = id AND {WAITING})))""",
             _dump(list(session_ids)),
             idle_since,
         )
@@ -432,7 +452,7 @@ class Writer:
     def expire_keys(self, sessions: Sequence[int], before: int) -> int:
         """Delete the keys of inputs that are done with and older than `before` (ms); returns how many."""
         return self._execute(
-            "DELETE FROM inputs WHERE done = 1 AND at < ? AND session IN (SELECT value FROM json_each(?))",
+            f"DELETE FROM inputs WHERE at < ? AND session IN (SELECT value FROM json_each(?)) AND {DONE}",
             before,
             _dump(list(sessions)),
         ).rowcount
@@ -454,7 +474,7 @@ def _apply(facts: _Facts, operation: Append, events: _Rows, given: dict[tuple[in
         facts.head = event.seq
         facts.active_at = max(facts.active_at, event.at)
         if type(event) is Input:
-            facts.inputs[event.seq] = OpenInput(event.request_id)
+            facts.inputs[event.seq] = _Input(event.request_id)
             facts.folded = True
             given[facts.id, event.seq] = item
         elif type(event) in FOLDED:
@@ -465,12 +485,13 @@ def _apply(facts: _Facts, operation: Append, events: _Rows, given: dict[tuple[in
     facts.reserved = max(facts.reserved, operation.reserved, facts.head)
 
 
-def _add_input(inputs: _Rows, session: int, item: Stored, kept: OpenInput) -> None:
+def _add_input(inputs: _Rows, session: int, item: Stored, kept: _Input) -> None:
     event = item.event
     assert type(event) is Input
     assert item.digest is not None
     texts = (event.request_id.encode(), item.digest, item.on_busy.encode())
-    inputs.add((session, event.seq, event.at, kept.turn, int(kept.done)), *texts)
+    inputs.add((session, event.seq, event.at, kept.turn, int(kept.withdrawn)), *texts)
+    kept.in_file = kept.turn
 
 
 def _writing(connection: sqlite3.Connection) -> sqlite3.Connection:
