@@ -31,7 +31,7 @@ GAP_MOST = 0.010
 GAP_LEAST = 0.0005
 """Seconds. Three quarters of the time for everything else; 10 ms is less than a screen needs to show the next frame."""
 
-SLICE = 0.001
+SLICE = 0.0003
 """Seconds of a pass between two scheduler passes: some twenty sessions, and many times what a scheduler pass costs."""
 
 SILENCE = 0.1
