@@ -35,7 +35,8 @@ that sends again is told that it is a duplicate.
 with it a wait for the interpreter's lock, per page inside a write transaction. ``VACUUM`` does it while the gateway is
 stopped.
 
-`sqlite_file` opens files and explains errors, `sqlite_writer` is the thread's side, `sqlite_reader` has the queries.
+`sqlite_file` opens files and explains errors, `sqlite_writer` is the thread's side, `sqlite_reader` has the queries,
+`sqlite_checkpoint` keeps the WAL short.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from gateway.errors import StoreUnavailable
 from gateway.protocol.messages import Event
 from gateway.store import sqlite_reader
 from gateway.store.base import Appended, Purged, Retention, SessionRecord, Store, Stored, StoredSession
+from gateway.store.sqlite_checkpoint import Checkpoints
 from gateway.store.sqlite_file import (
     Connect,
     Durability,
@@ -180,6 +182,8 @@ class SqliteStore(Store):
             connections.append(self._connect())
             connections[1].execute("PRAGMA query_only = ON")
             self._reader = connections[1]
+            connections.append(self._connect())
+            self._checkpoints = Checkpoints(connections[2])
             self._writer = Writer(
                 self._path,
                 connections[0],
@@ -276,6 +280,10 @@ class SqliteStore(Store):
         while (group := self._groups.get()) is not None:
             self._writer.commit(group)
             self._tell(self._finish, group)
+            size = sum([operation.size for operation in group if isinstance(operation, Append)])
+            if self._checkpoints.due(len(group), size):
+                self._writer.checkpoint()
+        self._checkpoints.close()
         self._writer.close()
         self._lock.release()
         self._tell(self._closed.set)

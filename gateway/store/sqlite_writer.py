@@ -20,6 +20,7 @@ from gateway.protocol.messages import Input
 from gateway.protocol.patch import merge_patch
 from gateway.store.base import Appended, SessionRecord, Stored
 from gateway.store.facts import FOLDED, OpenInput, check, fold, retried
+from gateway.store.sqlite_checkpoint import checkpoint
 from gateway.store.sqlite_file import check_token, explain
 from gateway.store.sqlite_reader import DONE, OPEN_ASKS, WAITING
 
@@ -236,6 +237,11 @@ class Writer:
             for operation in group:
                 operation.error = explain(exc, self._path)
                 operation.error.__cause__ = exc
+
+    def checkpoint(self) -> None:
+        """Move into the file what the WAL holds."""
+        if self._connection is not None:
+            checkpoint(self._connection)
 
     def _transaction(self, group: Sequence[Operation]) -> None:
         if self._connection is None:

@@ -25,7 +25,7 @@ from gateway.config import Limits
 from gateway.config import Store as StoreSettings
 from gateway.errors import ConfigError, StoreError, StoreFenced, StoreRefused, StoreUnavailable, StoreUnusable
 from gateway.protocol import messages as m
-from gateway.store import MemoryStore, Retention, open_store
+from gateway.store import MemoryStore, Retention, open_store, sqlite_checkpoint
 from gateway.store import sqlite as sqlite_module
 from gateway.store.sqlite import SqliteStore, new_epoch
 from gateway.store.sqlite_file import MIGRATIONS
@@ -44,6 +44,7 @@ class Faults:
         self.fail_at: int | None = None
         self.error: Exception = sqlite3.OperationalError("disk I/O error")
         self.before: Callable[[str], None] = lambda sql: None
+        self.before_copying: Callable[[], None] = lambda: None
         self.connections: list[sqlite3.Connection] = []
 
     def __call__(self, path: str, timeout: float) -> sqlite3.Connection:
@@ -59,6 +60,8 @@ class Faults:
                         faults.fail_at -= 1
                         if faults.fail_at < 0:
                             raise faults.error
+                elif "wal_checkpoint" in sql:
+                    faults.before_copying()
                 return super().execute(sql, *values)
 
         connection = sqlite3.connect(
@@ -289,8 +292,69 @@ async def test_a_connection_that_cannot_even_roll_back_is_replaced(path: str) ->
         with pytest.raises(StoreUnavailable):
             await script.write(event)
         await script.write(event)
-        assert len(faults.connections) == 3
+        assert len(faults.connections) == 4, "one to write, read and checkpoint with, and another to write with"
         assert queue(await script.load()) == ["a"]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def count_of(sql: str, faults: Faults) -> int:
+    return sum(sql in statement for statement in faults.statements)
+
+
+async def test_nobody_who_writes_waits_for_a_checkpoint(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the WAL is copied, transactions go on; then the writer copies the rest, and the WAL starts over."""
+    monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1024 * 1024)
+    faults = Faults()
+    reached, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        reached.set()
+        assert go.wait(10)
+
+    faults.before_copying = hold
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+        while not reached.is_set():
+            await script.write(script.output("x" * 50_000))
+        assert count_of("wal_checkpoint", faults) == 0
+        for _ in range(3):
+            await script.write(script.output("x" * 500_000))
+        size = os.path.getsize(path)
+        assert count_of("wal_checkpoint", faults) == 0, "the writer waits for the copy that is under way"
+        go.set()
+        while not count_of("wal_checkpoint", faults):
+            await script.write(script.output("y"))
+        await script.write(script.output("z"))
+        assert os.path.getsize(path) > size + 2 * 1024 * 1024
+        assert store.statistics().failures == 0
+        longest = os.path.getsize(path + "-wal")
+        for _ in range(100):
+            await script.write(script.output("x" * 100_000))
+        assert os.path.getsize(path + "-wal") < longest + 4 * 1024 * 1024, "it starts over again and again"
+
+
+async def test_a_checkpoint_that_fails_is_tried_again(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1024 * 1024)
+    faults = Faults()
+    failed = 0
+
+    def fail() -> None:
+        nonlocal failed
+        failed += 1
+        raise sqlite3.OperationalError("database or disk is full")
+
+    faults.before_copying = fail
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+        while failed < 3:
+            await script.write(script.output("x" * 100_000))
+        assert count_of("wal_checkpoint", faults) >= 2, "the writer has tried what the other could not"
+        written = script.seq
+    async with SqliteStore(path) as store:
+        script.store = store
+        assert seqs(await script.load())[-1] == written
 
 
 async def test_one_bad_batch_fails_no_other(path: str) -> None:
