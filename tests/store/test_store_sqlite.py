@@ -316,16 +316,18 @@ async def test_nobody_who_writes_waits_for_a_checkpoint(path: str, monkeypatch: 
     faults.before_copying = hold
     async with SqliteStore(path, make_connection=faults) as store:
         script = await Script(store).create()
-        while not reached.is_set():
+        for _ in range(30):
             await script.write(script.output("x" * 50_000))
+        assert await trio.to_thread.run_sync(reached.wait, 10)
         assert count_of("wal_checkpoint", faults) == 0
         for _ in range(3):
             await script.write(script.output("x" * 500_000))
         size = os.path.getsize(path)
         assert count_of("wal_checkpoint", faults) == 0, "the writer waits for the copy that is under way"
         go.set()
-        while not count_of("wal_checkpoint", faults):
-            await script.write(script.output("y"))
+        with trio.fail_after(10):
+            while not count_of("wal_checkpoint", faults):
+                await script.write(script.output("y"))
         await script.write(script.output("z"))
         assert os.path.getsize(path) > size + 2 * 1024 * 1024
         assert store.statistics().failures == 0
@@ -348,8 +350,9 @@ async def test_a_checkpoint_that_fails_is_tried_again(path: str, monkeypatch: py
     faults.before_copying = fail
     async with SqliteStore(path, make_connection=faults) as store:
         script = await Script(store).create()
-        while failed < 3:
-            await script.write(script.output("x" * 100_000))
+        with trio.fail_after(10):
+            while failed < 3:
+                await script.write(script.output("x" * 100_000))
         assert count_of("wal_checkpoint", faults) >= 2, "the writer has tried what the other could not"
         written = script.seq
     async with SqliteStore(path) as store:
