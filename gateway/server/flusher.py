@@ -11,8 +11,8 @@ The adaptive gap: while many sessions stream, waiting a little between passes le
 more. The gap is three times what the last pass took, at most 10 ms; below 0.5 ms there is none. A pass that served one
 log to many connections gains nothing from waiting, so there is no gap after it: it goes by the number of logs that were
 read. What is *urgent* does not wait for the gap's end: replies, the engine's own events, and the first delta after a
-silence are visited in the next scheduler pass, alone. A pass that takes long stops every millisecond for what is urgent
-and for all other tasks: who asks now does not wait until a hundred answers have been written.
+silence are visited in the next scheduler pass, alone. A pass that takes long stops every 0.3 ms for what is urgent and
+for all other tasks: who asks now does not wait until a hundred answers have been written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GAP_LEAST = 0.0005
 """Seconds. Three quarters of the time for everything else; 10 ms is less than a screen needs to show the next frame."""
 
 SLICE = 0.0003
-"""Seconds of a pass between two scheduler passes: some twenty sessions, and many times what a scheduler pass costs."""
+"""Seconds of a pass between two scheduler passes: some ten sessions, and ten times what a scheduler pass costs."""
 
 SILENCE = 0.1
 """Seconds without a visit after which a publisher's next delta is a beginning, which somebody waits for."""

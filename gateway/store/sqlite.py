@@ -182,8 +182,6 @@ class SqliteStore(Store):
             connections.append(self._connect())
             connections[1].execute("PRAGMA query_only = ON")
             self._reader = connections[1]
-            connections.append(self._connect())
-            self._checkpoints = Checkpoints(connections[2])
             self._writer = Writer(
                 self._path,
                 connections[0],
@@ -192,6 +190,8 @@ class SqliteStore(Store):
                 max_events=self._max_events,
                 max_bytes=self._max_bytes,
             )
+            # Last: it starts a thread, which only closing the store ends.
+            self._checkpoints = Checkpoints(self._connect())
         except BaseException as exc:
             for connection in connections:
                 connection.close()
