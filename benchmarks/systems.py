@@ -63,7 +63,7 @@ class System:
     command: tuple[str, ...]
     dialect: str = "plain"
     path: str = "/ws"
-    loads: frozenset[str] = frozenset({"stream", "scale", "fan", "ping", "hello", "idle"})
+    loads: frozenset[str] = frozenset({"stream", "ask", "scale", "fan", "ping", "hello", "idle"})
     """What it can do, of `benchmarks.load.loads`."""
     tls: bool = True
     peer: bool = True
@@ -72,7 +72,7 @@ class System:
     """Of a gateway: ``memory``, or ``sqlite``."""
 
 
-_ALL_LOADS = frozenset({"stream", "scale", "fan", "ping", "turn", "hello", "idle", "storm"})
+_ALL_LOADS = frozenset({"stream", "ask", "scale", "fan", "ping", "turn", "hello", "idle", "storm"})
 _RUN = ("{python}", "-m", "gateway.cli", "run", "bench=benchmarks.agents:bench", "--config", "{folder}/gateway.toml")
 
 
@@ -103,7 +103,7 @@ SYSTEMS = {
             "own",
             "raw_picows",
             peer=False,
-            loads=frozenset({"stream", "fan", "ping", "hello"}),
+            loads=frozenset({"stream", "ask", "fan", "ping", "hello"}),
         ),
         _peer("trio-websocket", "trio-websocket", "own", "plain_trio"),
         _peer("websockets", "websockets on uvloop", "asyncio", "plain_websockets"),

@@ -77,6 +77,17 @@ _PLAIN = (
         _STREAM,
     ),
     Workload(
+        "ask",
+        "one more client asks for a word every few milliseconds while 100 stream as above",
+        "ask",
+        {"clients": 100, "count": 200, "pause_ms": 7, "seconds": 3.0},
+        {"seconds": 1.5},
+        (
+            Figure("first_delta_p50_ms", "first delta, p50", "ms"),
+            Figure("first_delta_p99_ms", "first delta, p99", "ms", targets=_both(8.0)),
+        ),
+    ),
+    Workload(
         "fan-out",
         "one session, 500 connections, one event in flight",
         "fan",

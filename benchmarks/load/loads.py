@@ -124,6 +124,36 @@ async def stream(
 
 
 @load
+async def ask(target: Target, tally: Tally, *, clients: int, count: int, pause_ms: float, seconds: float) -> Measured:
+    """Everyone streams as in `stream`; one more asks for a word, pauses, and asks again."""
+    them = await connect(target, tally, range(clients))
+    questions = Tally(tally.task)
+    [asker] = await connect(target, questions, [clients])
+    window = Window(target)
+    until = time.perf_counter() + seconds
+
+    async def listen(client: Client) -> None:
+        while time.perf_counter() < until:
+            await client.ask(count, 0)
+
+    async def now_and_then() -> None:
+        await asyncio.sleep(seconds / 10)  # until all are under way
+        while time.perf_counter() < until:
+            await asker.ask(1, 0)
+            await asyncio.sleep(pause_ms / 1000)
+
+    try:
+        await asyncio.gather(now_and_then(), *map(listen, them))
+    finally:
+        tally.error = tally.error or questions.error
+    return window.close() | {
+        "asked": len(questions.first),
+        "first_delta_p50_ms": percentile(questions.first, 0.5) * 1e3,
+        "first_delta_p99_ms": percentile(questions.first, 0.99) * 1e3,
+    }
+
+
+@load
 async def scale(
     target: Target, tally: Tally, *, few: int, many: int, rate: float, settle: float, seconds: float
 ) -> Measured:

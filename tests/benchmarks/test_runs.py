@@ -15,6 +15,7 @@ from benchmarks.workloads import WORKLOADS
 SMALL: dict[str, dict[str, float]] = {
     "stream": {"clients": 3, "count": 20, "seconds": 0.1},
     "bulk": {"clients": 3, "count": 20, "seconds": 0.1},
+    "ask": {"clients": 3, "count": 20, "pause_ms": 1.0, "seconds": 0.2},
     "fan-out": {"clients": 4, "seconds": 0.1},
     "bursts": {"clients": 4, "seconds": 0.1},
     "ping": {"clients": 3, "seconds": 0.1},
