@@ -92,10 +92,10 @@ MUTATIONS = (
         "an input in nobody's hands",
         "between leaving the inbox and having a turn an input belongs to nobody for a moment",
         "gateway/session/session.py",
-        "        turn = self._begin_turn(self._inbox.take(taken))\n",
-        "        inputs = self._inbox.take(taken)\n"
-        "        await trio.lowlevel.checkpoint()\n"
-        "        turn = self._begin_turn(inputs)\n",
+        "                self._begin_turn(self._inbox.take(taken))\n",
+        "                inputs = self._inbox.take(taken)\n"
+        "                await trio.lowlevel.checkpoint()\n"
+        "                self._begin_turn(inputs)\n",
         (f"{BUSY}::test_after_every_step_an_accepted_input_waits_or_has_a_turn",),
     ),
     Mutation(
@@ -118,6 +118,18 @@ MUTATIONS = (
         "                    await self._work.park()\n",
         "                    await self._work.park()\n                    await self._turn_loop()\n",
         (f"{INBOX}::test_a_thousand_inputs_drain_with_constant_stack_and_tasks",),
+    ),
+    Mutation(
+        4,
+        "the loop is not woken",
+        "the end of a turn does not wake the loop for the inputs that wait",
+        "gateway/session/session.py",
+        "            if self._inbox.waiting:\n                self._work.unpark()\n",
+        "",
+        (
+            f"{INBOX}::test_a_thousand_inputs_drain_with_constant_stack_and_tasks",
+            f"{BUSY}::test_queued_inputs_run_one_by_one_in_order_with_their_boundaries",
+        ),
     ),
     Mutation(
         4,
