@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from math import inf
 
 import structlog
@@ -214,6 +215,7 @@ class Session:
 
     async def run(self) -> None:
         """Run the session's two tasks until `close` or cancellation. Owned by the gateway's nursery."""
+        self._context = copy_context()
         try:
             with self._life:
                 async with trio.open_nursery() as self._nursery:
@@ -654,7 +656,7 @@ class Session:
             turn._started = True
             if self._nursery is None or self.older.wanted_for_transcript:
                 self._work.unpark()  # that is the loop's, which can wait
-            elif not turn._closed:
+            else:
                 self._start_agent(turn)
 
         self.publisher.enqueue(started, visible)
@@ -671,6 +673,8 @@ class Session:
     def _start_agent(self, turn: Turn) -> None:
         """Run the agent, once: no more than one call for a turn."""
         assert self._nursery is not None
+        if turn._closed or self._life.cancel_called:
+            return  # the session ends
         if turn._stop_reason is not None:
             self._close_turn(turn)
             return
@@ -681,7 +685,8 @@ class Session:
             self._limit_detached(turn)
         # Owned by the session; ends by itself, or by `stop_turn`. Its own task, so that an agent that does not react to
         # its cancellation cannot wedge the session.
-        self._nursery.start_soon(self._run_agent, turn)
+        # In the session's context variables, whoever has just shown the start.
+        self._context.run(self._nursery.start_soon, self._run_agent, turn)
 
     # a turn's time
 

@@ -59,7 +59,7 @@ from gateway.errors import StoreUnavailable
 from gateway.protocol.messages import Event
 from gateway.store import sqlite_reader
 from gateway.store.base import Appended, Purged, Retention, SessionRecord, Store, Stored, StoredSession
-from gateway.store.sqlite_checkpoint import Checkpoints
+from gateway.store.sqlite_checkpoint import JOB, OPERATION, PAYLOAD, Checkpoints
 from gateway.store.sqlite_file import (
     Connect,
     Durability,
@@ -191,7 +191,8 @@ class SqliteStore(Store):
                 max_bytes=self._max_bytes,
             )
             # Last: it starts a thread, which only closing the store ends.
-            self._checkpoints = Checkpoints(self._connect())
+            connections.append(self._connect())
+            self._checkpoints = Checkpoints(connections[2])
         except BaseException as exc:
             for connection in connections:
                 connection.close()
@@ -280,8 +281,7 @@ class SqliteStore(Store):
         while (group := self._groups.get()) is not None:
             self._writer.commit(group)
             self._tell(self._finish, group)
-            size = sum([operation.size for operation in group if isinstance(operation, Append)])
-            if self._checkpoints.due(len(group), size):
+            if self._checkpoints.due(sum(map(_written, group))):
                 self._writer.checkpoint()
         self._checkpoints.close()
         self._writer.close()
@@ -380,3 +380,10 @@ class SqliteStore(Store):
             after = ids[-1]
             total += await self._job((), partial(Writer.expire_keys, sessions=ids, before=before))
         return total
+
+
+def _written(operation: Operation) -> int:
+    """About how many bytes of the WAL it takes."""
+    if isinstance(operation, Job):
+        return JOB
+    return OPERATION + PAYLOAD * operation.size if isinstance(operation, Append) else OPERATION

@@ -18,8 +18,10 @@ from gateway.config import MIB
 EVERY = 32 * MIB
 """Bytes written between two checkpoints: each costs two syncs, and a page that changed often is copied once."""
 
-PAGES = 2 * 4096
-"""Bytes of changed pages that an operation costs beside what is in it: its session's newest events and its row."""
+OPERATION, PAYLOAD, JOB = 5 * 4096, 2, 8 * MIB
+"""What is counted for a write: bytes for an operation (its session's row, inputs and newest events, each in another
+page) and for each byte of payload (an old one goes when it comes), and for a purge. Rather too much than too little: as
+much again, and SQLite does its own checkpoint in a COMMIT."""
 
 
 class Checkpoints:
@@ -39,13 +41,13 @@ class Checkpoints:
         self._thread = threading.Thread(target=self._run, name="store-checkpoint", daemon=True)
         self._thread.start()
 
-    def due(self, operations: int, size: int) -> bool:
-        """Count what a transaction has written, in payload bytes. True when the writer is to `checkpoint` the rest."""
+    def due(self, written: int) -> bool:
+        """Count the bytes that a transaction has written. True when the writer is to `checkpoint` the rest."""
         if self._copied.is_set():
             self._copied.clear()
             self._copying = False
             return True
-        self._written += size + PAGES * operations
+        self._written += written
         if self._written >= EVERY and not self._copying:
             self._written = 0
             self._copying = True

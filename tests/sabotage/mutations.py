@@ -136,8 +136,8 @@ MUTATIONS = (
         "a task is left by each turn",
         "what a turn starts does not end with it",
         "gateway/session/session.py",
-        "        self._nursery.start_soon(self._run_agent, turn)\n",
-        "        self._nursery.start_soon(self._run_agent, turn)\n"
+        "        self._context.run(self._nursery.start_soon, self._run_agent, turn)\n",
+        "        self._context.run(self._nursery.start_soon, self._run_agent, turn)\n"
         "        self._nursery.start_soon(trio.sleep_forever)\n",
         (f"{INBOX}::test_a_thousand_inputs_drain_with_constant_stack_and_tasks",),
     ),

@@ -227,7 +227,7 @@ async def test_droppable_frames_are_dropped_for_who_is_behind_and_counted() -> N
 
 
 async def test_a_flood_of_requests_without_reading_is_overloaded_while_reading_goes_on() -> None:
-    limits = {**SMALL, "send_timeout_ms": 60_000, "heartbeat_ms": 60_000}
+    limits = {**SMALL, "send_timeout_ms": 60_000, "heartbeat_ms": 60_000, "slow_grace_ms": 60_000}
 
     async def forever(turn: Turn) -> None:
         await turn.send("x" * 2_000_000)

@@ -1,0 +1,150 @@
+"""An agent starts once, in its session's context, and not when its session has ended."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import trio
+from session_harness import AgentFunction, Bench, ObedientStore, Reader, make_sources, open_bench, settle, watch_numbers
+
+from gateway.config import Limits
+from gateway.errors import StoreFenced, StoreUnusable
+from gateway.protocol.log import Tails
+from gateway.protocol.messages import Event
+from gateway.server.flusher import Flusher
+from gateway.session import Session, Turn
+from gateway.session.publisher import NUMBER_BLOCK
+from gateway.store import MemoryStore, SessionRecord, Stored
+from gateway.store.base import Appended
+
+whose: ContextVar[str] = ContextVar("whose", default="nobody's")
+
+
+class SlowStore(MemoryStore):
+    """While `slow`, says later that something is stored: when `finish` is called."""
+
+    slow = False
+    finish: Callable[[], None]
+
+    def append_soon(self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended) -> bool:
+        assert super().append_soon(session_id, batch, reserved, done)
+        if not self.slow:
+            return True
+        self.finish = lambda: done(None)
+        return False
+
+
+@asynccontextmanager
+async def open_flushed(
+    agent: AgentFunction, store: SlowStore, failures: list[Exception], **limits: Any
+) -> AsyncIterator[Bench]:
+    """A session whose events a flusher shows, and that runs from its first input on, as in a gateway."""
+    record = SessionRecord("s1", "agent", "alice", "e1", 0)
+    await store.create(record, NUMBER_BLOCK)
+    flusher = Flusher(timer=trio.current_time)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flusher.run)
+        session = Session(
+            record,
+            agent,
+            store,
+            Limits(**limits),
+            make_sources(),
+            reserved=NUMBER_BLOCK,
+            start=lambda session: nursery.start_soon(session.run),
+            on_failed=lambda _, exc: failures.append(exc),
+            pacer=flusher,
+        )
+        watch_numbers(session, store)  # type: ignore[arg-type]
+        bench = Bench(session, store, Reader())  # type: ignore[arg-type]
+        bench.reader = bench.attach("c1")
+        yield bench
+        nursery.cancel_scope.cancel()
+
+
+async def test_all_agents_of_a_session_start_in_one_context() -> None:
+    """Whoever shows a turn's start; the first is shown before the session's tasks are there."""
+    seen: list[str] = []
+
+    async def agent(turn: Turn) -> None:
+        seen.append(whose.get())
+
+    async with open_flushed(agent, SlowStore(), []) as bench:
+        whose.set("the first sender's")
+        for n in range(3):
+            bench.send(f"r{n}")
+            await settle()
+        assert seen == ["the first sender's"] * 3
+
+
+async def test_no_agent_starts_when_its_session_has_failed_while_older_events_were_read() -> None:
+    started: list[str] = []
+    failures: list[Exception] = []
+    reading, go_on = trio.Event(), trio.Event()
+
+    class Store(ObedientStore):
+        async def read(self, session_id: str, after: int, upto: int) -> list[Event]:
+            reading.set()
+            with trio.CancelScope(shield=True):  # a thread that has to be waited for
+                await go_on.wait()
+            return await super().read(session_id, after, upto)
+
+    async def agent(turn: Turn) -> str:
+        started.append(turn.input.request_id)
+        return "x" * 3000
+
+    async with open_bench(
+        agent,
+        store=Store(),
+        limits=Limits(tail_max_bytes=65_536),
+        tails=Tails(4000, 4000),
+        on_failed=lambda _, exc: failures.append(exc),
+    ) as bench:
+        while not reading.is_set():
+            bench.send(f"r{len(started)}")
+            await settle()
+        before = list(started)
+        bench.store.error = StoreFenced("taken over")
+        bench.send("next")
+        await settle()
+        assert [type(exc) for exc in failures] == [StoreFenced]
+        go_on.set()
+        await settle()
+        assert started == before
+
+
+async def test_no_agent_starts_when_its_start_is_stored_after_the_session_has_failed() -> None:
+    """An agent that was given up keeps the session's nursery open all the while."""
+    started: list[str] = []
+    failures: list[Exception] = []
+    store = SlowStore()
+
+    async def agent(turn: Turn) -> None:
+        started.append(turn.input.request_id)
+        with trio.CancelScope(shield=True), trio.move_on_after(5):
+            await leave.wait()
+
+    async def fail() -> None:
+        raise StoreUnusable("the loop fails")
+
+    leave = trio.Event()
+    async with open_flushed(agent, store, failures, stop_timeout_ms=100) as bench:
+        bench.send("stuck")
+        await settle()
+        bench.abort()
+        while bench.session.turn is not None:
+            await trio.lowlevel.checkpoint()
+        store.slow = True
+        # One step: the failure, a message, and the pass that hands it to the store.
+        await bench.session._guard(fail)
+        bench.send("late")
+        bench.session.publisher.flush()
+        await settle()
+        assert [type(exc) for exc in failures] == [StoreUnusable]
+        store.finish()
+        await settle()
+        assert started == ["stuck"]
+        leave.set()
