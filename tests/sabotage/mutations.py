@@ -27,10 +27,10 @@ MUTATIONS = (
     Mutation(
         1,
         "turns in parallel",
-        "the turn loop does not wait for the end of a turn before it begins the next",
+        "an input begins its turn at once, whether or not another one runs",
         "gateway/session/session.py",
-        "        if self.turn is None and not self.draining:",
-        "        if not self.draining:",
+        "        at_once = not self.busy\n",
+        "        at_once = True\n",
         (f"{BUSY}::test_queued_inputs_run_one_by_one_in_order_with_their_boundaries",),
     ),
     Mutation(
