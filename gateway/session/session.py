@@ -16,11 +16,11 @@ older events first. The next input is its next iteration: constant stack, consta
 
 A turn ends in one step, `_close_turn`: it closes the turn's open questions and hands in its `Finish`. The agent's task
 does it when the agent is through; `stop_turn` says why it should be (the first reason counts), and if the agent is not
-within ``stop_timeout``, the loop does it.
+within ``stop_timeout``, the loop does it. An agent that is still there then is on its own: it can write nothing any
+more, and its task belongs to no turn.
 A turn's time is watched by one cancel scope around the whole loop. Its deadline may be early, that of a turn before:
 then the loop looks, and goes on. A scope for each turn would cost a tenth of a short one.
 The tasks start with the first input; a session that is only joined has none.
-An agent that is still there then is on its own: it can write nothing any more, and its task belongs to no turn.
 
 What fails in the engine itself (a store that contradicts it) ends the session: in one step nothing of it can write
 any more and its owner is told, who lets it be loaded again; its tasks are cancelled.
@@ -684,8 +684,7 @@ class Session:
         if not self.readers:
             self._limit_detached(turn)
         # Owned by the session; ends by itself, or by `stop_turn`. Its own task, so that an agent that does not react to
-        # its cancellation cannot wedge the session.
-        # In the session's context variables, whoever has just shown the start.
+        # its cancellation cannot wedge the session; in the session's context variables, whoever has shown its start.
         self._context.run(self._nursery.start_soon, self._run_agent, turn)
 
     # a turn's time
