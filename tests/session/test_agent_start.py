@@ -29,7 +29,9 @@ class SlowStore(MemoryStore):
     slow = False
     finish: Callable[[], None]
 
-    def append_soon(self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended) -> bool:
+    def append_soon(
+        self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended = lambda error: None
+    ) -> bool:
         assert super().append_soon(session_id, batch, reserved, done)
         if not self.slow:
             return True
