@@ -3,14 +3,14 @@
 Theory of operation
 -------------------
 *One writer, group commit.* All writes of all sessions go through one thread that owns one connection. The event loop
-collects what waits (`_pending`); while a transaction runs, the next group forms; when it ends, everybody in it is woken
-in one step, and the next group is closed one scheduler pass later, so that those who were just woken and write at once
-are in it. So the cost of a transaction, an fsync among it, is shared by all who wait, and a lone writer waits for
-nobody.
+collects what waits (`_pending`). The writer takes all of it as one group, commits, tells the event loop, and takes what
+has come meanwhile: the cost of a transaction, an fsync among it, is shared by all who wait, and no transaction waits
+for a busy event loop. One that has nothing left to do is asked to look again one scheduler pass after a write, so that
+those who write in the same pass are in one group.
 
-    append() ─▶ _pending ─▶ one group ─▶ writer thread: BEGIN … COMMIT (fsync) ─▶ _finish(): wakes every waiter
-                   ▲                                                                 │
-                   └───────────── the next group forms meanwhile ◀───────────────────┘
+    append() ─▶ _pending ─▶ writer thread: one group, BEGIN … COMMIT (fsync) ─▶ _finish(): calls every waiter
+                               ▲                                             │
+                               └───── again, as long as anything waits ◀─────┘
 
 *Cancellation* only takes the waiter away: its operation stays in the group. `load` waits for what was handed over for
 its session, so a session that was dropped in mid-write and comes back sees the whole truth.
@@ -142,9 +142,10 @@ class SqliteStore(Store):
         self._last: dict[str, Operation] = {}
         """Session → its newest operation that is not done. Invariant: operations of a session finish in order."""
         self._waiting = 0
-        self._busy = self._scheduled = False
         self._open = False
-        self._groups: SimpleQueue[list[Operation] | None] = SimpleQueue()
+        self._scheduled = False
+        """Whether the writer has been asked to look and has not begun to. Set by the event loop, unset by it."""
+        self._asked: SimpleQueue[bool] = SimpleQueue()
 
     @property
     def path(self) -> str:
@@ -212,7 +213,7 @@ class SqliteStore(Store):
                     self._reader.close()
             finally:
                 # The writer's connection is closed last, which moves the WAL into the file, and then the lock goes.
-                self._groups.put(None)
+                self._asked.put(False)
             await self._closed.wait()
 
     # writing: the event loop's side. Nothing here awaits but `Operation.wait`.
@@ -225,29 +226,12 @@ class SqliteStore(Store):
         self._schedule()
 
     def _schedule(self) -> None:
-        """Close the next group one scheduler pass from now, unless one is being written."""
-        if not self._busy and not self._scheduled:
+        """Have the writer look, one scheduler pass from now."""
+        if not self._scheduled:
             self._scheduled = True
-            self._tell(self._flush)
-
-    def _flush(self) -> None:
-        self._scheduled = False
-        group: list[Operation] = []
-        size = 0
-        while self._pending and len(group) < MAX_GROUP and size < MAX_GROUP_BYTES:
-            if isinstance(self._pending[0], Job):
-                if not group:
-                    group.append(self._pending.popleft())
-                break
-            operation = self._pending.popleft()
-            group.append(operation)
-            size += operation.size if isinstance(operation, Append) else 0
-        if group:
-            self._busy = True
-            self._groups.put(group)
+            self._tell(self._asked.put, True)
 
     def _finish(self, group: list[Operation]) -> None:
-        self._busy = False
         self._waiting -= len(group)
         for operation in group:
             for session_id in operation.session_ids:
@@ -256,8 +240,6 @@ class SqliteStore(Store):
             calls, operation.done = operation.done, []
             for call in calls:
                 call(operation.error)
-        if self._pending:
-            self._schedule()
 
     def _check_open(self) -> None:
         if not self._open:
@@ -278,15 +260,31 @@ class SqliteStore(Store):
 
     def _write_groups(self) -> None:
         """The writer thread."""
-        while (group := self._groups.get()) is not None:
-            self._writer.commit(group)
-            self._tell(self._finish, group)
-            if self._checkpoints.due(sum(map(_written, group))):
-                self._writer.checkpoint()
+        while self._asked.get():
+            # Before the look: who hands something over from now on asks again.
+            self._scheduled = False
+            while group := self._next_group():
+                self._writer.commit(group)
+                self._tell(self._finish, group)
+                if self._checkpoints.due(sum(map(_written, group))):
+                    self._writer.checkpoint()
         self._checkpoints.close()
         self._writer.close()
         self._lock.release()
         self._tell(self._closed.set)
+
+    def _next_group(self) -> list[Operation]:
+        """Take what waits, as far as one transaction may hold it. Called by the writer thread alone."""
+        pending = self._pending
+        group: list[Operation] = []
+        size = 0
+        while pending and len(group) < MAX_GROUP and size < MAX_GROUP_BYTES:
+            if isinstance(pending[0], Job):
+                return group or [pending.popleft()]
+            operation = pending.popleft()
+            group.append(operation)
+            size += operation.size if isinstance(operation, Append) else 0
+        return group
 
     def _tell(self, function: Callable[..., object], *args: Any) -> None:
         with suppress(trio.RunFinishedError):  # nobody is left to hear it

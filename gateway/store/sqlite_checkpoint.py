@@ -2,8 +2,8 @@
 
 A checkpoint copies thousands of pages and syncs two files: up to a tenth of a second on a busy core. SQLite does it
 inside of the COMMIT that made the WAL long enough, and everybody who writes waits. Here a thread of its own copies, on
-a connection of its own, while the writer goes on; then the writer moves the little that was added meanwhile, which lets
-the WAL start over at its beginning.
+a connection of its own, while the writer goes on; copies what was added meanwhile, and again, until that is little. The
+writer moves the rest, which lets the WAL start over at its beginning.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ OPERATION, PAYLOAD, JOB = 5 * 4096, 2, 8 * MIB
 """What is counted for a write: bytes for an operation (its session's row, inputs and newest events, each in another
 page) and for each byte of payload (an old one goes when it comes), and for a purge. Rather too much than too little: as
 much again, and SQLite does its own checkpoint in a COMMIT."""
+
+FEW, PASSES = 64, 5
+"""Pages that one pass of copying has to leave to the next for another one to be worth its two syncs, and how many
+passes there are at most: a writer that is faster than the copying must not be chased for ever."""
 
 
 class Checkpoints:
@@ -62,11 +66,19 @@ class Checkpoints:
 
     def _run(self) -> None:
         while self._asked.get():
-            checkpoint(self._connection)
+            before = 0
+            for _ in range(PASSES):
+                moved = checkpoint(self._connection)
+                if moved - before <= FEW:
+                    break
+                before = moved
             self._copied.set()
 
 
-def checkpoint(connection: sqlite3.Connection) -> None:
-    """Move what no reader needs in the WAL any more. What fails now (a full disk) is tried again with the next one."""
+def checkpoint(connection: sqlite3.Connection) -> int:
+    """Move what no reader needs in the WAL any more; returns how many of its pages are moved by now. What fails now (a
+    full disk) is tried again with the next one."""
     with suppress(sqlite3.Error):
-        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        ((_, _, moved),) = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        return int(moved)
+    return 0

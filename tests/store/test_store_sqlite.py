@@ -337,6 +337,38 @@ async def test_nobody_who_writes_waits_for_a_checkpoint(path: str, monkeypatch: 
         assert os.path.getsize(path + "-wal") < longest + 4 * 1024 * 1024, "it starts over again and again"
 
 
+async def test_what_is_written_during_a_copy_is_not_left_to_the_writer(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1024 * 1024)
+    faults = Faults()
+    reached, go, copied = threading.Event(), threading.Event(), threading.Event()
+    copies = 0
+
+    def hold() -> None:
+        nonlocal copies
+        copies += 1
+        if copies == 2:  # it has copied what was there, and is about to look again
+            reached.set()
+            assert go.wait(10)
+        if copies == 3:
+            copied.set()
+
+    faults.before_copying = hold
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+        with trio.fail_after(10):
+            while not reached.is_set():
+                await script.write(script.output("x" * 50_000))
+        size = os.path.getsize(path)
+        for _ in range(3):
+            await script.write(script.output("x" * 500_000))
+        go.set()
+        assert await trio.to_thread.run_sync(copied.wait, 10)
+        assert os.path.getsize(path) > size + 1_400_000
+        assert count_of("wal_checkpoint", faults) == 0, "the writer has had nothing to do with it"
+
+
 async def test_a_checkpoint_that_fails_is_tried_again(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1024 * 1024)
     faults = Faults()
@@ -748,6 +780,26 @@ async def test_what_comes_during_a_commit_forms_the_next_group(path: str) -> Non
             assert store.statistics().waiting == 50
             gate.go.set()
         assert store.statistics().transactions - before == 2
+        assert store.statistics().waiting == 0
+
+
+async def test_a_transaction_does_not_wait_for_a_busy_event_loop(path: str) -> None:
+    """The writer takes what waits by itself."""
+    faults = Faults()
+    gate = Gate(faults)
+    async with SqliteStore(path, make_connection=faults) as store:
+        scripts = [await Script(store, f"s{i}").create() for i in range(2)]
+        gate.armed = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scripts[0].write, scripts[0].output())
+            await gate.wait_reached()
+            nursery.start_soon(scripts[1].write, scripts[1].output())
+            await trio.testing.wait_all_tasks_blocked()
+            gate.reached.clear()
+            gate.armed = True
+            gate.go.set()
+            # No await: nothing else runs on the event loop until the next transaction is there.
+            assert gate.reached.wait(10)
         assert store.statistics().waiting == 0
 
 
