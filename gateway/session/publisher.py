@@ -12,9 +12,10 @@ one batch, and when they are stored makes all of them visible in one step withou
 to whoever waits for them, to the readers.
 
 What is written does not wake a task. It marks the publisher as dirty, and the gateway's flusher calls `flush` in its
-next pass, just before it visits the readers: while many sessions stream, one pass takes several deltas of each. A
-batch that the store takes its time for is handed to it, and shown by the pass after it was stored; only one is on its
-way at a time. The task is for stores that have to be waited for, and for those that fail.
+next pass, just before it visits the readers: while many sessions stream, one pass takes several deltas of each. An
+input does not wait for that: it goes to the store in the step that accepts it. A batch that the store takes its time
+for is handed to it, and shown in the step in which it hears that it was stored; only one is on its way at a time. The
+task is for stores that have to be waited for, and for those that fail.
 
     stored BEFORE visible: a client, or another task, never sees a durable event that a crash could take back
     volatile events flow at once, but never before an earlier durable one
@@ -154,6 +155,9 @@ class Pacer(Protocol):
     def mark_publisher(self, publisher: Publisher, *, urgent: bool = False) -> None:
         """Have `Publisher.flush` called soon, or with the next pass of the scheduler."""
 
+    def publish(self, publisher: Publisher) -> None:
+        """Call `Publisher.flush` in this step."""
+
 
 class Publisher:
     """Numbers, stores and shows a session's events.
@@ -236,6 +240,12 @@ class Publisher:
             self._pacer.mark_publisher(self, urgent=self._silent or type(what) is not Finish)
         else:
             self._work.unpark()
+
+    def hurry(self) -> None:
+        """Have what was handed in stored, and shown if the store needs no waiting, in this step."""
+        if self._direct:
+            assert self._pacer is not None
+            self._pacer.publish(self)
 
     def mark(self) -> None:
         """The outbox has something new. Never waits."""
@@ -326,7 +336,7 @@ class Publisher:
         assert self._handed is not None
         if error is None:
             self._stored_it = True
-            self._pacer.mark_publisher(self, urgent=True)
+            self._pacer.publish(self)
         else:
             batch, self._handed = self._handed[0], None
             self._give_to_task(batch, error)

@@ -399,6 +399,7 @@ class Session:
         if at_once:
             # The input and the start of its turn are stored as one: half the waiting, and half the transactions.
             self._begin_turn(self._inbox.take([queued]))
+        self.publisher.hurry()
         self.start()
 
     def _replier(self, reader: Reader, queued: QueuedInput) -> Callable[[Error | None, int, bool], None]:

@@ -13,7 +13,7 @@ from session_harness import AgentFunction, Bench, ObedientStore, Reader, make_so
 from gateway.config import Limits
 from gateway.errors import StoreFenced, StoreUnusable
 from gateway.protocol.log import Tails
-from gateway.protocol.messages import Event
+from gateway.protocol.messages import Event, Input, TurnStarted
 from gateway.server.flusher import Flusher
 from gateway.session import Session, Turn
 from gateway.session.publisher import NUMBER_BLOCK
@@ -80,6 +80,25 @@ async def test_all_agents_of_a_session_start_in_one_context(autojump_clock: Any)
             bench.send(f"r{n}")
             await settle()
         assert seen == ["the first sender's"] * 3
+
+
+async def test_an_input_and_the_start_of_its_turn_wait_for_the_store_alone() -> None:
+    """Each step takes all that can be done in it: neither waits for a pass of the flusher."""
+    store = SlowStore()
+
+    async def agent(turn: Turn) -> None:
+        await trio.sleep_forever()
+
+    async with open_flushed(agent, store, []) as bench:
+        store.slow = True
+        bench.send("r1")
+        log = bench.session.log
+        assert log.head == 0
+        store.finish()  # it has it already
+        assert [type(event) for event in log] == [Input, TurnStarted]
+        await settle()
+        assert bench.session.turn is not None
+        assert bench.session.turn._running
 
 
 async def test_no_agent_starts_when_its_session_has_failed_while_older_events_were_read() -> None:
