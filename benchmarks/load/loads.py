@@ -93,28 +93,38 @@ def percentile(values: list[float], share: float) -> float:
 async def stream(
     target: Target, tally: Tally, *, clients: int, count: int, interval_ms: float | None, seconds: float
 ) -> Measured:
-    """Everyone asks, takes the whole answer, and asks again."""
+    """Everyone asks, takes the whole answer, and asks again; measured once all of them are under way."""
     them = await connect(target, tally, range(clients))
-    await asyncio.gather(*[one.ask(count, interval_ms) for one in them])
-    tally.first.clear()
-    window = Window(target)
-    before = tally.pieces, tally.frames
-    until = time.perf_counter() + seconds
+    answered: set[int] = set()
+    under_way = asyncio.Event()
+    enough = False
 
     async def ask(client: Client) -> None:
-        while time.perf_counter() < until:
+        while not enough:
             await client.ask(count, interval_ms)
+            answered.add(client.number)
+            if len(answered) == clients:
+                under_way.set()
 
-    await asyncio.gather(*map(ask, them))
+    all_of_them = asyncio.gather(*map(ask, them))
+    await under_way.wait()
+    tally.first.clear()
+    before = tally.pieces, tally.frames
+    window = Window(target)
+    await asyncio.sleep(seconds)
     measured = window.close()
-    deltas, frames = tally.pieces - before[0], tally.frames - before[1]
+    after = tally.pieces, tally.frames
+    first = tally.first.copy()
+    enough = True
+    await all_of_them
+    deltas, frames = after[0] - before[0], after[1] - before[1]
     measured |= {
         "deltas": deltas,
         "cpu_us_per_delta": measured["cpu_s"] / deltas * 1e6,
         "deltas_per_s": deltas / measured["wall_s"],
         "deltas_per_frame": deltas / frames,
-        "first_delta_p50_ms": percentile(tally.first, 0.5) * 1e3,
-        "first_delta_p99_ms": percentile(tally.first, 0.99) * 1e3,
+        "first_delta_p50_ms": percentile(first, 0.5) * 1e3,
+        "first_delta_p99_ms": percentile(first, 0.99) * 1e3,
     }
     if isinstance(them[0], GatewayClient):
         # The rest came in outputs that overtook them.
