@@ -5,10 +5,10 @@ Theory of operation
 *One writer, group commit.* All writes of all sessions go through one thread that owns one connection. The event loop
 collects what waits (`_pending`). The writer takes all of it as one group, commits, tells the event loop, and takes what
 has come meanwhile: the cost of a transaction, an fsync among it, is shared by all who wait, and no transaction waits
-for a busy event loop. One that has nothing left to do is asked to look again one scheduler pass after a write, so that
-those who write in the same pass are in one group.
+for a busy event loop. A writer that has nothing left to do is asked to look again one scheduler pass after a write, so
+that those who write in the same pass are in one group.
 
-    append() ─▶ _pending ─▶ writer thread: one group, BEGIN … COMMIT (fsync) ─▶ _finish(): calls every waiter
+    append() ─▶ _pending ─▶ writer thread: one group, one transaction (fsync) ─▶ _finish(): calls every waiter
                                ▲                                             │
                                └───── again, as long as anything waits ◀─────┘
 

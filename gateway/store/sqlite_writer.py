@@ -1,8 +1,8 @@
 """What the writer thread of a `SqliteStore` does: a group of operations, one transaction.
 
-One statement, whatever the size of the group: each one gives up the interpreter's lock several times and may wait
-milliseconds to get it back from a busy event loop. So what is to be known of sessions is remembered, not read, and the
-rows of all tables are handed over as JSON arrays (`_Rows`) in one row of a view, whose trigger writes them.
+One statement, whatever the size of the group, which is its own transaction: each one gives up the interpreter's lock
+and may wait a millisecond to get it back from a busy event loop. So what is to be known of sessions is remembered, not
+read, and the rows of all tables are handed over as JSON arrays (`_Rows`) in one row of a view: its trigger writes them.
 """
 
 from __future__ import annotations
@@ -246,20 +246,19 @@ class Writer:
     def _transaction(self, group: Sequence[Operation]) -> None:
         if self._connection is None:
             self._connection = _writing(self._reopen())
-        execute = self._connection.execute
+        for operation in group:
+            operation.error = None
         try:
-            execute("BEGIN IMMEDIATE")
-            for operation in group:
-                operation.error = None
             if isinstance(group[0], Job):
                 (job,) = group
                 assert isinstance(job, Job)
+                self._execute("BEGIN IMMEDIATE")
                 check_token(self._connection, self._path, self._token)
                 self._known.clear()
                 job.result = job.work(self)
+                self._execute("COMMIT")
             else:
                 self._write(group)
-            execute("COMMIT")
         except BaseException:
             self._known.clear()
             self._roll_back()
@@ -314,6 +313,14 @@ class Writer:
                     taken.add((facts.id, seq, kept.turn, int(kept.withdrawn)))
                     kept.in_file = kept.turn
             facts.close_group()
+        # A quarter more than the bound may pile up, so that a trim is paid once in a while and not every time.
+        outgrown = [
+            facts
+            for facts in changed.values()
+            if facts.events > self._max_events * 5 // 4 or facts.size > self._max_bytes * 5 // 4
+        ]
+        if outgrown:
+            self._execute("BEGIN IMMEDIATE")
         if rows:
             values = (*born.values(), *events.values(), *inputs.values(), taken.values()[0], rows.values()[0])
             try:
@@ -324,11 +331,11 @@ class Writer:
                 if isinstance(group[0], Create) and len(group) == 1:
                     raise StoreRefused(f"session {group[0].record.session_id} exists already") from exc
                 raise
-        for facts in changed.values():
-            # A quarter more than the bound may pile up, so that a trim is paid once in a while and not every time.
-            if facts.events > self._max_events * 5 // 4 or facts.size > self._max_bytes * 5 // 4:
+        if outgrown:
+            for facts in outgrown:
                 self._trim(facts)
                 del self._known[facts.session_id]
+            self._execute("COMMIT")
 
     def _recall(self, group: Sequence[Operation]) -> dict[str, _Facts]:
         """The facts of the group's sessions: remembered, or read. A session to be created is taken for new; if it is

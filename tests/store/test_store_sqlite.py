@@ -71,8 +71,13 @@ class Faults:
         return connection
 
 
+def commits(sql: str) -> bool:
+    """Whether the statement ends a transaction: most are one themselves."""
+    return sql == "COMMIT" or sql.startswith("INSERT INTO written")
+
+
 class Gate:
-    """Holds the writer thread at its next COMMIT."""
+    """Holds the writer thread at the end of its next transaction."""
 
     def __init__(self, faults: Faults) -> None:
         self.reached, self.go = threading.Event(), threading.Event()
@@ -80,7 +85,7 @@ class Gate:
         faults.before = self._before
 
     def _before(self, sql: str) -> None:
-        if self.armed and sql == "COMMIT":
+        if self.armed and commits(sql):
             self.armed = False
             self.reached.set()
             assert self.go.wait(10)
@@ -228,7 +233,7 @@ async def statements_of_a_rich_batch(path: str) -> int:
         script = await prepared(store)
         faults.statements.clear()
         await script.write(*a_rich_batch(script))
-        assert faults.statements[0] == "BEGIN IMMEDIATE"
+        assert "BEGIN IMMEDIATE" in faults.statements, "it is trimmed in the same transaction"
         assert faults.statements[-1] == "COMMIT"
         return len(faults.statements)
 
@@ -280,15 +285,16 @@ async def test_a_crash_at_any_statement_leaves_all_or_nothing(tmp_path: Path) ->
 
 async def test_a_connection_that_cannot_even_roll_back_is_replaced(path: str) -> None:
     faults = Faults()
-    async with SqliteStore(path, make_connection=faults) as store:
+    async with SqliteStore(path, make_connection=faults, max_events=4) as store:
         script = await Script(store).create()
+        await script.write(*[script.output() for _ in range(5)])
 
         def fail(sql: str) -> None:
             if sql in ("COMMIT", "ROLLBACK"):
                 raise sqlite3.OperationalError("disk I/O error")
 
         faults.before = fail
-        event = script.input("a")
+        event = script.input("a")  # the session outgrows its bounds: that takes more than one statement
         with pytest.raises(StoreUnavailable):
             await script.write(event)
         await script.write(event)
@@ -757,9 +763,8 @@ async def test_those_who_wait_share_a_transaction(path: str) -> None:
         assert after.operations - before.operations == 2000
         # Everybody who was woken by a commit is in the next one.
         assert after.transactions - before.transactions <= 12
-        assert faults.statements.count("COMMIT") == after.transactions - before.transactions
         of_transactions = len(faults.statements) - count_of("wal_checkpoint", faults)
-        assert of_transactions == 3 * faults.statements.count("COMMIT"), "one statement, however many rows"
+        assert of_transactions == after.transactions - before.transactions, "one statement, however many rows"
         for script in scripts:
             assert queue(await script.load()) == [f"r{i}" for i in range(10)]
 
