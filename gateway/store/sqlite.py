@@ -143,8 +143,8 @@ class SqliteStore(Store):
         """Session → its newest operation that is not done. Invariant: operations of a session finish in order."""
         self._waiting = 0
         self._open = False
-        self._scheduled = False
-        """Whether the writer has been asked to look and has not begun to. Set by the event loop, unset by it."""
+        self._resting = False
+        """Whether the writer sleeps, and nobody has asked it yet to look."""
         self._asked: SimpleQueue[bool] = SimpleQueue()
 
     @property
@@ -223,12 +223,8 @@ class SqliteStore(Store):
         self._waiting += 1
         for session_id in operation.session_ids:
             self._last[session_id] = operation
-        self._schedule()
-
-    def _schedule(self) -> None:
-        """Have the writer look, one scheduler pass from now."""
-        if not self._scheduled:
-            self._scheduled = True
+        if self._resting:
+            self._resting = False
             self._tell(self._asked.put, True)
 
     def _finish(self, group: list[Operation]) -> None:
@@ -260,14 +256,17 @@ class SqliteStore(Store):
 
     def _write_groups(self) -> None:
         """The writer thread."""
-        while self._asked.get():
-            # Before the look: who hands something over from now on asks again.
-            self._scheduled = False
+        while True:
             while group := self._next_group():
                 self._writer.commit(group)
                 self._tell(self._finish, group)
                 if self._checkpoints.due(sum(map(_written, group))):
                     self._writer.checkpoint()
+            self._resting = True
+            if self._pending:  # it came in between: it may not have found the writer at rest
+                self._resting = False
+            elif not self._asked.get():
+                break
         self._checkpoints.close()
         self._writer.close()
         self._lock.release()
