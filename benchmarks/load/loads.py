@@ -93,30 +93,37 @@ def percentile(values: list[float], share: float) -> float:
 async def stream(
     target: Target, tally: Tally, *, clients: int, count: int, interval_ms: float | None, seconds: float
 ) -> Measured:
-    """Everyone asks, takes the whole answer, and asks again; measured once all of them are under way."""
+    """Everyone asks, takes the whole answer, and asks again. Measured from when all of them are under way, for the time
+    given, and at least until each has taken one more answer."""
     them = await connect(target, tally, range(clients))
-    answered: set[int] = set()
-    under_way = asyncio.Event()
+    left: set[int] = set()
+    all_answered = asyncio.Event()
     enough = False
 
     async def ask(client: Client) -> None:
         while not enough:
             await client.ask(count, interval_ms)
-            answered.add(client.number)
-            if len(answered) == clients:
-                under_way.set()
+            left.discard(client.number)
+            if not left:
+                all_answered.set()
 
-    all_of_them = asyncio.gather(*map(ask, them))
-    await under_way.wait()
-    tally.first.clear()
-    before = tally.pieces, tally.frames
-    window = Window(target)
-    await asyncio.sleep(seconds)
-    measured = window.close()
-    after = tally.pieces, tally.frames
-    first = tally.first.copy()
-    enough = True
-    await all_of_them
+    async def everybody() -> None:
+        left.update(range(clients))
+        all_answered.clear()
+        await all_answered.wait()
+
+    async with asyncio.TaskGroup() as group:
+        for client in them:
+            group.create_task(ask(client))
+        await everybody()
+        tally.first.clear()
+        before = tally.pieces, tally.frames
+        window = Window(target)
+        await asyncio.gather(asyncio.sleep(seconds), everybody())
+        measured = window.close()
+        after = tally.pieces, tally.frames
+        first = tally.first.copy()
+        enough = True
     deltas, frames = after[0] - before[0], after[1] - before[1]
     measured |= {
         "deltas": deltas,

@@ -182,8 +182,8 @@ def _prepare_process(config: Config) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    # The store's thread asks for the interpreter some twenty times per transaction. While agents stream, each time
-    # would cost the default 5 ms, and those who wait for their message to be stored would wait for all of them.
+    # The store's thread has to get the interpreter back after each transaction. While agents stream, that takes the
+    # whole interval, and those who wait for their message to be stored wait for it: 5 ms by default.
     sys.setswitchinterval(SWITCH_INTERVAL)
     need = config.limits.max_connections + FILES_BESIDE_CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -100,9 +100,9 @@ class Flusher:
 
     def publish(self, publisher: Flushable) -> None:
         """Visit a publisher in this step. What it shows is urgent: the next scheduler pass writes it."""
-        self._hurried = True
+        hurried, self._hurried = self._hurried, True
         self._visit(publisher, self._timer())
-        self._hurried = False
+        self._hurried = hurried
 
     def frames(self, chunk: Chunk) -> bytes:
         """A chunk as WebSocket frames; the many readers of one log share the bytes."""

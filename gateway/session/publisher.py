@@ -79,7 +79,7 @@ _log = structlog.get_logger(__name__)
 
 
 MERGED_MOST = 4096
-"""Bytes of text from which on a merged delta is cut: what 5 ms of the fastest models hold."""
+"""Bytes of text from which on a merged delta is cut: more than any model makes between two passes."""
 
 
 @frozen
@@ -304,11 +304,14 @@ class Publisher:
 
     def flush(self) -> None:
         """Show what has been stored, and publish what waits, as far as that takes no waiting."""
+        if self._error is not None:
+            return  # the session is about to end: nothing comes after what could not be shown
         if self._stored_it:
             assert self._handed is not None
             (batch, self._reserved), self._handed = self._handed, None
-            self._stored_it = self._working = False
+            self._stored_it = False
             self._show(batch)
+            self._working = False
         if self._working:
             return  # whatever comes now is taken when that is through
         batch = self._collect()

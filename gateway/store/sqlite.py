@@ -4,9 +4,9 @@ Theory of operation
 -------------------
 *One writer, group commit.* All writes of all sessions go through one thread that owns one connection. The event loop
 collects what waits (`_pending`). The writer takes all of it as one group, commits, tells the event loop, and takes what
-has come meanwhile: the cost of a transaction, an fsync among it, is shared by all who wait, and no transaction waits
-for a busy event loop. A writer that has nothing left to do is asked to look again one scheduler pass after a write, so
-that those who write in the same pass are in one group.
+has come meanwhile: the cost of a transaction, an fsync among it, is shared by all who wait, and a transaction that
+follows another waits for no busy event loop. A writer that has nothing left to do is asked to look again one scheduler
+pass after a write, so that those who write in the same pass are in one group.
 
     append() ─▶ _pending ─▶ writer thread: one group, one transaction (fsync) ─▶ _finish(): calls every waiter
                                ▲                                             │
@@ -165,7 +165,7 @@ class SqliteStore(Store):
         self._closed = trio.Event()
         self._read_turn = trio.CapacityLimiter(1)  # the reading connection serves one at a time
         self._open = True
-        # Ended by the None that `__aexit__` sends. A daemon, so that a disk that hangs cannot keep the process alive.
+        # Ended by the False that `__aexit__` sends. A daemon, so that a disk that hangs cannot keep the process alive.
         self._thread = threading.Thread(target=self._write_groups, name="store-writer", daemon=True)
         self._thread.start()
         return self
@@ -224,8 +224,8 @@ class SqliteStore(Store):
         for session_id in operation.session_ids:
             self._last[session_id] = operation
         if self._resting:
-            self._resting = False
             self._tell(self._asked.put, True)
+            self._resting = False
 
     def _finish(self, group: list[Operation]) -> None:
         self._waiting -= len(group)
@@ -256,17 +256,20 @@ class SqliteStore(Store):
 
     def _write_groups(self) -> None:
         """The writer thread."""
+        more = True
         while True:
             while group := self._next_group():
                 self._writer.commit(group)
                 self._tell(self._finish, group)
                 if self._checkpoints.due(sum(map(_written, group))):
                     self._writer.checkpoint()
+            if not more:
+                break
             self._resting = True
             if self._pending:  # it came in between: it may not have found the writer at rest
                 self._resting = False
-            elif not self._asked.get():
-                break
+            else:
+                more = self._asked.get()
         self._checkpoints.close()
         self._writer.close()
         self._lock.release()

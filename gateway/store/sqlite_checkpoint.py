@@ -24,8 +24,8 @@ page) and for each byte of payload (an old one goes when it comes), and for a pu
 much again, and SQLite does its own checkpoint in a COMMIT."""
 
 FEW, PASSES = 64, 5
-"""Pages that one pass of copying has to leave to the next for another one to be worth its two syncs, and how many
-passes there are at most: a writer that is faster than the copying must not be chased for ever."""
+"""A pass that has copied no more pages than that was the last: little has come meanwhile. And how many passes there are
+at most: a writer that is faster than the copying must not be chased for ever."""
 
 
 class Checkpoints:
@@ -76,8 +76,8 @@ class Checkpoints:
 
 
 def checkpoint(connection: sqlite3.Connection) -> int:
-    """Move what no reader needs in the WAL any more; returns how many of its pages are moved by now. What fails now (a
-    full disk) is tried again with the next one."""
+    """Move what no reader needs in the WAL any more; returns how many of its pages are moved by now, or 0 or less if
+    nothing could be. What fails now (a full disk) is tried again with the next one."""
     with suppress(sqlite3.Error):
         ((_, _, moved),) = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         return int(moved)

@@ -221,7 +221,7 @@ def check_schema(connection: sqlite3.Connection, path: str) -> int:
 
 
 def check_token(connection: sqlite3.Connection, path: str, token: int) -> None:
-    """Inside a write transaction: raise `StoreFenced` unless `token` is the newest."""
+    """Raise `StoreFenced` unless `token` is the newest. It never becomes that again."""
     (newest,) = connection.execute("SELECT value FROM meta WHERE name = 'writer'").fetchone()
     if newest != token:
         raise StoreFenced(f"{path}: another process has opened it for writing; end one of the two")

@@ -8,7 +8,17 @@ from contextvars import ContextVar
 from typing import Any
 
 import trio
-from session_harness import AgentFunction, Bench, ObedientStore, Reader, make_sources, open_bench, settle, watch_numbers
+from session_harness import (
+    AgentFunction,
+    Bench,
+    ObedientStore,
+    Reader,
+    echo,
+    make_sources,
+    open_bench,
+    settle,
+    watch_numbers,
+)
 
 from gateway.config import Limits
 from gateway.errors import StoreFenced, StoreUnusable
@@ -101,6 +111,26 @@ async def test_an_input_and_the_start_of_its_turn_wait_for_the_store_alone() -> 
         assert bench.session.turn._running
 
 
+async def test_nothing_is_stored_after_what_could_not_be_shown() -> None:
+    """A defect of ours, and a message in the same step: the session has not ended yet, but its log has a hole."""
+    store = SlowStore()
+    failures: list[Exception] = []
+    async with open_flushed(echo, store, failures) as bench:
+        store.slow = True
+
+        def fail(*args: Any) -> None:
+            raise RuntimeError("boom")
+
+        bench.session.log.append = fail  # type: ignore[method-assign]
+        bench.send("r1")
+        first = store.finish
+        first()
+        bench.send("r2")
+        assert store.finish is first, "it was given another batch"
+        await settle()
+        assert [type(exc) for exc in failures] == [RuntimeError]
+
+
 async def test_no_agent_starts_when_its_session_has_failed_while_older_events_were_read() -> None:
     started: list[str] = []
     failures: list[Exception] = []
@@ -159,10 +189,9 @@ async def test_no_agent_starts_when_its_start_is_stored_after_the_session_has_fa
         await trio.sleep(1)
         assert bench.session.turn is None
         store.slow = True
-        # One step: the failure, a message, and the pass that hands it to the store.
+        # One step: the failure, and a message, which goes to the store at once.
         await bench.session._guard(fail)
         bench.send("late")
-        bench.session.publisher.flush()
         await settle()
         assert [type(exc) for exc in failures] == [StoreUnusable]
         store.finish()

@@ -1,0 +1,151 @@
+"""Who is visited when: the flusher's two rounds, and what is published at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from gateway.protocol.log import Chunk
+from gateway.server.flusher import GAP_MOST, NOW, SLICE, Flusher
+
+BUSY = 2 * GAP_MOST
+"""Seconds that a visit takes in these tests, so that there is a gap after the pass."""
+
+
+class One:
+    """A publisher or a connection that notes its visits."""
+
+    def __init__(self, name: str, visits: list[str], does: Callable[[], None] = lambda: None) -> None:
+        self.name = name
+        self.dirty = 0
+        self.visited_at = -1000.0
+        self._visits = visits
+        self.does = does
+
+    def flush(self) -> None:
+        self._visits.append(self.name)
+        self.does()
+
+    def crashed(self, exc: Exception) -> None:
+        self._visits.append(f"{self.name} crashed")
+
+
+class Stage:
+    """A flusher whose timer only moves when a visit says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.visits: list[str] = []
+        self.flusher = Flusher(timer=lambda: self.now)
+
+    def one(self, name: str, does: Callable[[], None] = lambda: None) -> One:
+        return One(name, self.visits, does)
+
+    def take(self, seconds: float) -> None:
+        self.now += seconds
+
+    def seen(self) -> list[str]:
+        seen, self.visits[:] = list(self.visits), []
+        return seen
+
+
+@pytest.fixture
+def stage() -> Stage:
+    return Stage()
+
+
+async def settle() -> None:
+    await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_what_is_published_is_visited_once(stage: Stage, nursery: Any) -> None:
+    publisher = stage.one("publisher")
+    stage.flusher.mark_publisher(publisher, urgent=True)
+    stage.flusher.publish(publisher)
+    assert stage.seen() == ["publisher"]
+    nursery.start_soon(stage.flusher.run)
+    await settle()
+    assert stage.seen() == []
+
+
+async def test_what_is_marked_again_after_it_was_published_is_visited_again(stage: Stage, nursery: Any) -> None:
+    publisher = stage.one("publisher")
+    stage.flusher.mark_publisher(publisher, urgent=True)
+    stage.flusher.publish(publisher)
+    stage.flusher.mark_publisher(publisher, urgent=True)
+    assert stage.seen() == ["publisher"]
+    nursery.start_soon(stage.flusher.run)
+    await settle()
+    assert stage.seen() == ["publisher"]
+    assert publisher.dirty == 0
+
+
+async def test_what_it_shows_is_written_in_the_middle_of_a_gap(
+    stage: Stage, nursery: Any, mock_clock: trio.testing.MockClock
+) -> None:
+    def stream() -> None:
+        stage.take(BUSY)
+        stage.flusher.frames(Chunk([b"x"], 1, 1))
+
+    reader = stage.one("reader")
+    publisher = stage.one("publisher", lambda: stage.flusher.mark(reader))
+    for n in range(2):
+        stage.flusher.mark(stage.one(f"streaming{n}", stream))
+    nursery.start_soon(stage.flusher.run)
+    await settle()
+    assert stage.seen() == ["streaming0", "streaming1"]
+    stage.flusher.mark(stage.one("other"))
+    stage.flusher.publish(publisher)
+    await settle()
+    assert stage.seen() == ["publisher", "reader"], "the clock stands still: the gap is not over"
+    mock_clock.jump(GAP_MOST)
+    await settle()
+    assert stage.seen() == ["other"]
+
+
+async def test_publishing_in_the_middle_of_an_urgent_round_leaves_it_urgent(stage: Stage, nursery: Any) -> None:
+    reader = stage.one("reader")
+    inner = stage.one("inner")
+
+    def outer_does() -> None:
+        stage.flusher.publish(inner)
+        stage.flusher.mark(reader)
+        assert reader.dirty == NOW
+
+    outer = stage.one("outer", outer_does)
+    stage.flusher.mark_publisher(outer, urgent=True)
+    nursery.start_soon(stage.flusher.run)
+    await settle()
+    assert stage.seen() == ["outer", "inner", "reader"]
+
+
+async def test_a_long_pass_stops_for_what_is_urgent(stage: Stage, nursery: Any) -> None:
+    urgent = stage.one("urgent")
+
+    def slow() -> None:
+        stage.take(2 * SLICE)
+        if not urgent.dirty and "urgent" not in stage.visits:
+            stage.flusher.mark(urgent, urgent=True)
+
+    for n in range(3):
+        stage.flusher.mark(stage.one(f"slow{n}", slow))
+    nursery.start_soon(stage.flusher.run)
+    await settle()
+    assert stage.seen() == ["slow0", "urgent", "slow1", "slow2"]
+
+
+async def test_one_that_fails_is_told_and_the_others_are_served(stage: Stage, nursery: Any) -> None:
+    def fail() -> None:
+        raise RuntimeError("boom")
+
+    stage.flusher.mark(stage.one("bad", fail))
+    stage.flusher.mark(stage.one("good"))
+    stage.flusher.publish(stage.one("worse", fail))
+    nursery.start_soon(stage.flusher.run)
+    await settle()
+    assert stage.seen() == ["worse", "worse crashed", "bad", "bad crashed", "good"]
+    assert not stage.flusher._hurried
