@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import pytest
 import trio
 from session_harness import (
     AgentFunction,
     Bench,
     ObedientStore,
     Reader,
-    echo,
     make_sources,
     open_bench,
     settle,
@@ -111,22 +111,34 @@ async def test_an_input_and_the_start_of_its_turn_wait_for_the_store_alone() -> 
         assert bench.session.turn._running
 
 
-async def test_nothing_is_stored_after_what_could_not_be_shown() -> None:
+@pytest.mark.parametrize("what", ["an input", "text"])
+async def test_nothing_is_stored_after_what_could_not_be_shown(what: str) -> None:
     """A defect of ours, and a message in the same step: the session has not ended yet, but its log has a hole."""
     store = SlowStore()
     failures: list[Exception] = []
-    async with open_flushed(echo, store, failures) as bench:
+
+    async def agent(turn: Turn) -> None:
+        await trio.sleep_forever()
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("boom")
+
+    async with open_flushed(agent, store, failures) as bench:
+        session = bench.session
         store.slow = True
-
-        def fail(*args: Any) -> None:
-            raise RuntimeError("boom")
-
-        bench.session.log.append = fail  # type: ignore[method-assign]
         bench.send("r1")
-        first = store.finish
-        first()
+        given = store.finish
+        if what == "an input":
+            session.log.append = fail  # type: ignore[method-assign]
+            given()
+        else:
+            given()
+            assert session.turn is not None
+            session.log.append = fail  # type: ignore[method-assign]
+            session.publisher.outbox.send_nowait((session.turn.turn_id, "answer", "x"))
+            session.publisher.hurry()
         bench.send("r2")
-        assert store.finish is first, "it was given another batch"
+        assert store.finish is given, "it was given another batch"
         await settle()
         assert [type(exc) for exc in failures] == [RuntimeError]
 
