@@ -105,5 +105,5 @@ def choose(first: bytes) -> Dialect:
 
 
 def _only_one(lowest: object, highest: object) -> bool:
-    # Whether `lowest` is a number at all is for the dialect to say.
-    return type(highest) is int and highest == Praison.version and not (type(lowest) is int and lowest > highest)
+    # A hello that is wrong has no highest version.
+    return type(lowest) is int and type(highest) is int and lowest <= highest == Praison.version
