@@ -29,6 +29,7 @@ from gateway.store import MemoryStore, Retention, open_store, sqlite_checkpoint
 from gateway.store import sqlite as sqlite_module
 from gateway.store.sqlite import SqliteStore, new_epoch
 from gateway.store.sqlite_file import MIGRATIONS
+from gateway.store.sqlite_writer import Append, Operation
 
 
 @pytest.fixture
@@ -821,16 +822,16 @@ async def test_what_comes_when_the_writer_is_about_to_rest_is_written(
     """Between its look, which found nothing, and its rest."""
     looked, go = threading.Event(), threading.Event()
     armed = False
-    look = SqliteStore._next_group
+    look = SqliteStore._take
 
-    def next_group(store: SqliteStore) -> list[Any]:
-        group = look(store)
-        if armed and not group and not looked.is_set():
+    def take(store: SqliteStore, group: list[Any]) -> list[Any]:
+        taken = look(store, group)
+        if armed and not taken and not looked.is_set():
             looked.set()
             assert go.wait(10)
-        return group
+        return taken
 
-    monkeypatch.setattr(SqliteStore, "_next_group", next_group)
+    monkeypatch.setattr(SqliteStore, "_take", take)
     async with SqliteStore(path) as store:
         script = await Script(store).create()
         armed = True
@@ -842,6 +843,68 @@ async def test_what_comes_when_the_writer_is_about_to_rest_is_written(
                 await trio.testing.wait_all_tasks_blocked()
                 go.set()
         assert seqs(await script.load()) == [1, 2]
+
+
+async def gathering(store: SqliteStore) -> None:
+    """Wait until the writer has a new session and waits for others."""
+    while Append not in store._wake_for or Operation in store._wake_for:
+        await trio.sleep(0.001)
+
+
+async def test_new_sessions_that_come_in_numbers_wait_for_one_another(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for nobody for long, and nobody else waits for them."""
+    monkeypatch.setattr(sqlite_module, "GATHER", 3600)
+    with trio.fail_after(10):
+        async with SqliteStore(path) as store:
+            script = await Script(store, "alone").create()
+            await Script(store, "the next one").create()
+            async with trio.open_nursery() as nursery:
+                for i in range(2):
+                    nursery.start_soon(Script(store, f"in one step {i}").create)
+            before = store.statistics().transactions
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Script(store, "soon after").create)
+                await gathering(store)
+                nursery.start_soon(Script(store, "later").create)
+                await trio.testing.wait_all_tasks_blocked()
+                assert store.statistics().waiting == 2
+                await script.write(script.output())
+            assert store.statistics().transactions == before + 1
+            monkeypatch.setattr(sqlite_module, "GATHER", 0.001)
+            await Script(store, "one who waits").create()
+            monkeypatch.setattr(sqlite_module, "GATHER", 3600)
+            await Script(store, "one who came after one alone").create()
+
+
+async def test_what_comes_when_the_writer_begins_to_gather_wakes_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its look, which found new sessions alone, and its sleep."""
+    monkeypatch.setattr(sqlite_module, "GATHER", 3600)
+    found, go = threading.Event(), threading.Event()
+    armed = False
+    sleep = SqliteStore._sleep
+
+    def slow(store: SqliteStore, until: Any, seconds: float | None) -> bool:
+        if armed and seconds is not None:
+            found.set()
+            assert go.wait(10)
+        return sleep(store, until, seconds)
+
+    monkeypatch.setattr(SqliteStore, "_sleep", slow)
+    async with SqliteStore(path) as store:
+        script = Script(store)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(script.create)
+            nursery.start_soon(Script(store, "with it").create)
+        armed = True
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Script(store, "new").create)
+                assert await trio.to_thread.run_sync(found.wait, 10)
+                nursery.start_soon(script.write, script.output())
+                await trio.testing.wait_all_tasks_blocked()
+                go.set()
 
 
 async def test_groups_are_bounded_in_bytes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
