@@ -69,6 +69,9 @@ class Limits:
     replay_max_events: int = _limit(10_000, 8, 1_000_000, "non-volatile events kept per session for replay")
     replay_max_bytes: int = _limit(8 * MIB, 64 * KIB, 1024 * MIB, "their bytes; with the count it bounds a session")
 
+    max_inbox_bytes: int = _limit(
+        8 * MIB, KIB, 1024 * MIB, "inputs waiting in one session, their bytes; one alone is taken, however large"
+    )
     tail_max_bytes: int = _limit(
         MIB, KIB, 1024 * MIB, "newest events of one session in memory; older ones are read from the store"
     )

@@ -18,12 +18,14 @@ be withdrawn, or another put before it, until the moment at which a turn has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from typing import Any
 
 import trio
 from attrs import define, field
 
+from gateway.protocol.codec import dump_json
 from gateway.protocol.messages import BusyMode, Error, Input
 
 
@@ -34,6 +36,11 @@ class Place(Enum):
     GONE = "withdrawn, or taken by a turn"
 
 
+def size_of(content: str, metadata: Mapping[str, Any]) -> int:
+    """The bytes of an input."""
+    return len(content.encode()) + (len(dump_json(metadata)) if metadata else 0)
+
+
 @define(eq=False)
 class QueuedInput:
     """An accepted (or nearly accepted) input that no turn has taken yet."""
@@ -41,6 +48,8 @@ class QueuedInput:
     event: Input
     on_busy: BusyMode
     digest: bytes
+    size: int
+    """What `size_of` says."""
     place: Place = Place.STORING
     repliers: list[Callable[[Error | None, int, bool], None]] = field(factory=list)
     """Whoever sent it and waits for `accepted`: called with an error or None, how many inputs wait before it, and
@@ -60,19 +69,19 @@ class Inbox:
 
     Invariant: an input is in `storing` from `admit` until its event is stored or refused, withdrawn or not; it is in
     `waiting` from `admit` until it is withdrawn or a turn takes it. Of one id there is one in each at most.
+
+    Attributes:
+        held: inputs that take up room: what waits, and what was withdrawn but is still on its way to the store.
+        held_bytes: their bytes.
     """
 
     def __init__(self, capacity: int) -> None:
         self.waiting: dict[str, QueuedInput] = {}
         self.storing: dict[str, QueuedInput] = {}
         self._ready = 0  # in `waiting` and stored
-        self._leaving = 0  # in `storing` and withdrawn
+        self.held = 0
+        self.held_bytes = 0
         self._in, self._out = trio.open_memory_channel[QueuedInput](capacity)
-
-    @property
-    def held(self) -> int:
-        """Inputs that take up room: what waits, and what was withdrawn but is still on its way to the store."""
-        return len(self.waiting) + self._leaving
 
     # coming in
 
@@ -80,12 +89,14 @@ class Inbox:
         """Take in an input whose event is on its way to the store."""
         self.waiting[queued.event.request_id] = queued
         self.storing[queued.event.request_id] = queued
+        self.held += 1
+        self.held_bytes += queued.size
 
     def stored(self, queued: QueuedInput) -> int:
         """Its event is stored. Returns how many inputs wait before it."""
         del self.storing[queued.event.request_id]
         if queued.place is Place.GONE:
-            self._leaving -= 1
+            self._free(queued)
             return 0
         # Events are stored in the order of their numbers, so all that is ready has a lower one.
         ahead = self._ready if queued.on_busy != "interrupt" else self.ahead(queued)
@@ -95,9 +106,8 @@ class Inbox:
     def refused(self, queued: QueuedInput) -> None:
         """Its event could not be stored: it never was."""
         del self.storing[queued.event.request_id]
-        if queued.place is Place.GONE:
-            self._leaving -= 1
-        else:
+        self._free(queued)
+        if queued.place is not Place.GONE:
             queued.place = Place.GONE
             del self.waiting[queued.event.request_id]
 
@@ -106,7 +116,8 @@ class Inbox:
         for queued in inputs:
             self.waiting[queued.event.request_id] = queued
             queued.place = Place.INBOX
-        self._ready = len(self.waiting)
+            self.held_bytes += queued.size
+        self._ready = self.held = len(self.waiting)
         self._refill(inputs)
 
     def ahead(self, queued: QueuedInput) -> int:
@@ -163,12 +174,15 @@ class Inbox:
             return None
 
     def _leave(self, queued: QueuedInput) -> None:
-        if queued.place is Place.STORING:
-            self._leaving += 1
-        else:
+        if queued.place is not Place.STORING:
             self._ready -= 1
+            self._free(queued)
         queued.place = Place.GONE
         del self.waiting[queued.event.request_id]
+
+    def _free(self, queued: QueuedInput) -> None:
+        self.held -= 1
+        self.held_bytes -= queued.size
 
     def _drain(self) -> list[QueuedInput]:
         taken: list[QueuedInput] = []

@@ -67,7 +67,7 @@ from gateway.protocol.messages import (
 )
 from gateway.protocol.view import SessionView, encode_snapshot
 from gateway.session.failures import AGENT_ERRORS, explain, outcome_of, refusal
-from gateway.session.inbox import Inbox, Place, QueuedInput
+from gateway.session.inbox import Inbox, Place, QueuedInput, size_of
 from gateway.session.older import Older
 from gateway.session.publisher import Finish, Pacer, Publisher
 from gateway.session.reader import Reader, after_calls
@@ -190,7 +190,12 @@ class Session:
             self.keys.add(request_id, key)
         self._inbox.restore(
             [
-                QueuedInput(item.event, item.on_busy, digest_of(item.event.content, item.event.metadata))  # type: ignore[arg-type]
+                QueuedInput(
+                    item.event,
+                    item.on_busy,  # type: ignore[arg-type]
+                    digest_of(item.event.content, item.event.metadata),
+                    size_of(item.event.content, item.event.metadata),
+                )
                 for item in stored.queue
             ]
         )
@@ -269,6 +274,8 @@ class Session:
     @property
     def credit(self) -> int:
         """Inputs that may still be sent before the inbox is full."""
+        if self._inbox.held_bytes >= self.limits.max_inbox_bytes:
+            return 0
         return max(0, self.limits.max_inbox - self._inbox.held)
 
     # connections
@@ -370,10 +377,9 @@ class Session:
         if frame.on_busy == "reject" and self.busy:
             self._refuse(reader, request_id, "busy", "a turn is running or inputs are waiting")
             return
-        if self._inbox.held >= self.limits.max_inbox:
-            self._refuse(
-                reader, request_id, "inbox_full", f"{self.limits.max_inbox} inputs are waiting", INBOX_RETRY_MS, 0
-            )
+        size = size_of(frame.content, frame.metadata)
+        if full := self._no_room(size):
+            self._refuse(reader, request_id, "inbox_full", full, INBOX_RETRY_MS, 0)
             return
         if self.publisher.failing:
             self._refuse(reader, request_id, "unavailable", "the store cannot write; try again", STORE_RETRY_MS)
@@ -389,7 +395,7 @@ class Session:
             metadata=frame.metadata,
             sender=reader.member.subject,
         )
-        queued = QueuedInput(event, frame.on_busy, digest)
+        queued = QueuedInput(event, frame.on_busy, digest, size)
         queued.repliers.append(self._replier(reader, queued))
         at_once = not self.busy
         self._inbox.admit(queued)
@@ -401,6 +407,15 @@ class Session:
             self._begin_turn(self._inbox.take([queued]))
         self.publisher.hurry()
         self.start()
+
+    def _no_room(self, size: int) -> str | None:
+        """Why the inbox does not take an input of so many bytes. With nothing in it, it takes any."""
+        inbox, limits = self._inbox, self.limits
+        if inbox.held >= limits.max_inbox:
+            return f"{limits.max_inbox} inputs are waiting"
+        if inbox.held and inbox.held_bytes + size > limits.max_inbox_bytes:
+            return f"inputs of {inbox.held_bytes:,} bytes are waiting; there may be {limits.max_inbox_bytes:,}"
+        return None
 
     def _replier(self, reader: Reader, queued: QueuedInput) -> Callable[[Error | None, int, bool], None]:
         event = queued.event

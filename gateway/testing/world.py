@@ -636,8 +636,10 @@ class World:
                 "busy_is_the_live_task", (2, 3), f"{now.turns} turns and {now.queued_inputs} inputs are left"
             )
         for session in gateway.registry.sessions.values():
-            if session.credit != self.limits.max_inbox:
-                raise Violation("room_comes_back", (3, 12), f"{session.record.session_id} has credit {session.credit}")
+            inbox = session._inbox
+            if inbox.held or inbox.held_bytes:
+                left = f"{inbox.held} inputs of {inbox.held_bytes} bytes"
+                raise Violation("room_comes_back", (3, 12), f"{session.record.session_id} keeps room for {left}")
 
     async def end(self) -> None:
         """Drain the last process and check that nothing of it is left."""

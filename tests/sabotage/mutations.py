@@ -391,9 +391,22 @@ MUTATIONS = (
         "withdrawn takes no room",
         "inputs that were withdrawn while they are stored do not count for the inbox",
         "gateway/session/inbox.py",
-        "return len(self.waiting) + self._leaving",
-        "return len(self.waiting)",
+        """            self._ready -= 1
+            self._free(queued)
+""",
+        """            self._ready -= 1
+        self._free(queued)
+""",
         (f"{INBOX}::test_sending_and_withdrawing_while_the_store_is_slow_is_bounded",),
+    ),
+    Mutation(
+        12,
+        "an inbox without a size",
+        "only the number of the inputs that wait is bounded, not their bytes",
+        "gateway/session/session.py",
+        "if inbox.held and inbox.held_bytes + size > limits.max_inbox_bytes:",
+        "if False:",
+        (f"{INBOX}::test_the_bytes_of_an_inbox_are_bounded_too",),
     ),
     Mutation(
         13,

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import trio
-from session_harness import Script, open_bench, settle
+from session_harness import ObedientStore, Script, open_bench, open_house, settle
 
 from gateway.config import Limits
 from gateway.protocol.messages import Aborted, Accepted, Credit, Error
@@ -36,19 +36,88 @@ async def test_a_full_inbox_refuses_and_stores_nothing() -> None:
         assert [frame.credit for frame in bench.reader.got(Accepted)] == [2, 0, 0]
 
 
-@pytest.mark.parametrize("how", ["turn", "withdrawn", "steered", "not stored"])
-async def test_credit_is_told_once_when_room_appears(how: str) -> None:
+async def test_the_bytes_of_an_inbox_are_bounded_too() -> None:
+    """Those of what waits: text and metadata, in UTF-8; also of what is still being stored."""
     agent = Script()
-    async with open_bench(agent, limits=Limits(max_inbox=2)) as bench:
+    async with open_bench(agent, limits=Limits(max_inbox_bytes=2048)) as bench:
+        bench.send("runs", "x" * 3000)
+        await settle()
+        bench.send("first", "é" * 500, metadata={"a": "b" * 492})  # 1,500 bytes and a half of the smallest limit
+        appends = bench.store.appends
+        for too_much in ("x" * 549, "é" * 275):
+            bench.send("more", too_much)
+            assert bench.reader.frames[-1] == Error(
+                code="inbox_full",
+                message="inputs of 1,500 bytes are waiting; there may be 2,048",
+                retryable=True,
+                retry_after_ms=1000,
+                request_id="more",
+                credit=0,
+            )
+        bench.send("more", "", metadata={"a": "b" * 541})
+        assert [frame.code for frame in bench.reader.got(Error)] == ["inbox_full"] * 3
+        await settle()
+        assert bench.store.appends == appends + 1
+        bench.send("fits", "x" * 548)
+        await settle()
+        assert [frame.credit for frame in bench.reader.got(Accepted)] == [256, 255, 0]
+        bench.send("one byte", "x")
+        assert bench.reader.got(Error)[-1].code == "inbox_full"
+        bench.reader.take()
+        bench.abort(request_id="first")
+        await settle()
+        assert [frame for frame in bench.reader.take() if isinstance(frame, Credit)] == [Credit(credit=255)]
+        bench.send("more", "x" * 549)
+        bench.abort(scope="queue")
+        await settle()
+        assert bench.session.credit == 256
+        bench.send("alone", "x" * 10_000)
+        bench.send("beside it", "x")
+        await settle()
+        assert [(frame.request_id, frame.credit) for frame in bench.reader.got(Accepted)[-1:]] == [("alone", 0)]
+        assert bench.reader.got(Error)[-1].request_id == "beside it"
+        await agent.finish()
+        await settle()
+        assert bench.session.credit == 256, "a turn has it"
+    assert bench.inputs == ["runs", "first", "fits", "more", "alone"]
+
+
+async def test_the_bytes_that_wait_are_known_after_a_restart() -> None:
+    store = ObedientStore()
+    limits = Limits(max_inbox_bytes=2048)
+    for lost in (True, False):
+        async with open_house(Script(), store=store, limits=limits) as house:
+            bench = await house.bench("s1")
+            if lost:
+                bench.send("running")
+                bench.send("next")
+                bench.send("waits", "é" * 500, metadata={"a": "b" * 492})
+                await settle()
+            else:
+                await settle()
+                assert bench.turns[-1] == ["next"]
+                bench.send("too much", "x" * 549)
+                bench.send("fits", "x" * 548)
+                await settle()
+                assert [frame.request_id for frame in bench.reader.got(Error)] == ["too much"]
+                assert [(frame.request_id, frame.credit) for frame in bench.reader.got(Accepted)] == [("fits", 0)]
+
+
+@pytest.mark.parametrize("limits", [Limits(max_inbox=2), Limits(max_inbox_bytes=1024)], ids=["count", "bytes"])
+@pytest.mark.parametrize("how", ["turn", "withdrawn", "steered", "not stored"])
+async def test_credit_is_told_once_when_room_appears(how: str, limits: Limits) -> None:
+    agent = Script()
+    half = "x" * 512
+    async with open_bench(agent, limits=limits) as bench:
         happy = bench.attach("c2")
         bench.send("r1")
         await settle()
-        bench.send("r2", on_busy="steer" if how == "steered" else "queue")
+        bench.send("r2", half, on_busy="steer" if how == "steered" else "queue")
         await settle()
         if how == "not stored":
             bench.store.unavailable = True
-        bench.send("r3", reader=happy)
-        bench.send("r4")
+        bench.send("r3", half, reader=happy)
+        bench.send("r4", half)
         assert bench.reader.frames[-1].code == "inbox_full"  # type: ignore[attr-defined]
         bench.reader.take()
         if how == "turn":
@@ -63,7 +132,8 @@ async def test_credit_is_told_once_when_room_appears(how: str) -> None:
 
             await agent.do(take)
         await settle()
-        assert [frame for frame in bench.reader.take() if isinstance(frame, Credit)] == [Credit(credit=1)]
+        credit = 1 if limits.max_inbox == 2 else 255
+        assert [frame for frame in bench.reader.take() if isinstance(frame, Credit)] == [Credit(credit=credit)]
         bench.abort(scope="queue")
         await settle()
         assert not [frame for frame in bench.reader.take() if isinstance(frame, Credit)], "once is enough"
