@@ -150,7 +150,7 @@ class SqliteStore(Store):
         self._waiting = 0
         self._open = False
         self._wake_for: tuple[type[Operation], ...] = ()
-        """What the writer, asleep, wants to be woken for; nothing while it is awake, or somebody has woken it already."""
+        """What the writer, asleep, is to be woken for; nothing while it is awake, or somebody has woken it already."""
         self._asked: SimpleQueue[bool] = SimpleQueue()
 
     @property

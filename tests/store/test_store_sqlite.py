@@ -29,7 +29,6 @@ from gateway.store import MemoryStore, Retention, open_store, sqlite_checkpoint
 from gateway.store import sqlite as sqlite_module
 from gateway.store.sqlite import SqliteStore, new_epoch
 from gateway.store.sqlite_file import MIGRATIONS
-from gateway.store.sqlite_writer import Append, Operation
 
 
 @pytest.fixture
@@ -845,10 +844,16 @@ async def test_what_comes_when_the_writer_is_about_to_rest_is_written(
         assert seqs(await script.load()) == [1, 2]
 
 
-async def gathering(store: SqliteStore) -> None:
-    """Wait until the writer has a new session and waits for others."""
-    while Append not in store._wake_for or Operation in store._wake_for:
-        await trio.sleep(0.001)
+def when_gathering(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> None:
+    """Have the writer call that when it has a new session and is about to wait for others."""
+    sleep = SqliteStore._sleep
+
+    def gathering(store: SqliteStore, until: Any, seconds: float | None) -> bool:
+        if seconds is not None:
+            call()
+        return sleep(store, until, seconds)
+
+    monkeypatch.setattr(SqliteStore, "_sleep", gathering)
 
 
 async def test_new_sessions_that_come_in_numbers_wait_for_one_another(
@@ -856,6 +861,8 @@ async def test_new_sessions_that_come_in_numbers_wait_for_one_another(
 ) -> None:
     """But for nobody for long, and nobody else waits for them."""
     monkeypatch.setattr(sqlite_module, "GATHER", 3600)
+    gathering = threading.Event()
+    when_gathering(monkeypatch, gathering.set)
     with trio.fail_after(10):
         async with SqliteStore(path) as store:
             script = await Script(store, "alone").create()
@@ -866,7 +873,7 @@ async def test_new_sessions_that_come_in_numbers_wait_for_one_another(
             before = store.statistics().transactions
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(Script(store, "soon after").create)
-                await gathering(store)
+                assert await trio.to_thread.run_sync(gathering.wait, 10)
                 nursery.start_soon(Script(store, "later").create)
                 await trio.testing.wait_all_tasks_blocked()
                 assert store.statistics().waiting == 2
@@ -882,22 +889,17 @@ async def test_what_comes_when_the_writer_begins_to_gather_wakes_it(path: str, m
     """Between its look, which found new sessions alone, and its sleep."""
     monkeypatch.setattr(sqlite_module, "GATHER", 3600)
     found, go = threading.Event(), threading.Event()
-    armed = False
-    sleep = SqliteStore._sleep
 
-    def slow(store: SqliteStore, until: Any, seconds: float | None) -> bool:
-        if armed and seconds is not None:
-            found.set()
-            assert go.wait(10)
-        return sleep(store, until, seconds)
+    def pause() -> None:
+        found.set()
+        assert go.wait(10)
 
-    monkeypatch.setattr(SqliteStore, "_sleep", slow)
+    when_gathering(monkeypatch, pause)
     async with SqliteStore(path) as store:
         script = Script(store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(script.create)
             nursery.start_soon(Script(store, "with it").create)
-        armed = True
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(Script(store, "new").create)
