@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from contextlib import suppress
 from queue import SimpleQueue
 
+import structlog
+
 from gateway.config import MIB
+
+_log = structlog.get_logger(__name__)
 
 EVERY = 32 * MIB
 """Bytes written between two checkpoints: each costs two syncs, and a page that changed often is copied once."""
@@ -77,8 +80,10 @@ class Checkpoints:
 
 def checkpoint(connection: sqlite3.Connection) -> int:
     """Move what no reader needs in the WAL any more; returns how many of its pages are moved by now, or 0 or less if
-    nothing could be. What fails now (a full disk) is tried again with the next one."""
-    with suppress(sqlite3.Error):
+    nothing could be. What fails now (a full disk) is logged, and tried again with the next one."""
+    try:
         ((_, _, moved),) = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-        return int(moved)
-    return 0
+    except sqlite3.Error as exc:
+        _log.warning("checkpoint_failed", error=str(exc), hint="the WAL grows until one succeeds; is the disk full?")
+        return 0
+    return int(moved)

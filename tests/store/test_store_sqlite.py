@@ -20,6 +20,7 @@ import pytest
 import trio
 import trio.testing
 from store_helpers import MANY, Script, queue, seqs, taken
+from structlog.testing import capture_logs
 
 from gateway.config import Limits
 from gateway.config import Store as StoreSettings
@@ -388,9 +389,12 @@ async def test_a_checkpoint_that_fails_is_tried_again(path: str, monkeypatch: py
     faults.before_copying = fail
     async with SqliteStore(path, make_connection=faults) as store:
         script = await Script(store).create()
-        with trio.fail_after(10):
+        with trio.fail_after(10), capture_logs() as logs:
             while failed < 3:
                 await script.write(script.output("x" * 100_000))
+        assert {(entry["event"], entry["error"]) for entry in logs} == {
+            ("checkpoint_failed", "database or disk is full")
+        }
         assert count_of("wal_checkpoint", faults) >= 2, "the writer has tried what the other could not"
         written = script.seq
     async with SqliteStore(path) as store:
