@@ -87,9 +87,9 @@ MAX_GROUP_BYTES = 8 * MIB
 """Their payloads: a transaction stays below a tenth of a second on a slow disk, and the WAL stays small."""
 
 GATHER = 0.005
-"""Seconds that new sessions wait for others, when the last ones came together and nobody writes anything else. When a
-thousand clients come at once, a transaction each is a third of what a connection costs; five milliseconds more are
-nothing beside its round trips. One who comes alone does not wait."""
+"""Seconds that new sessions wait, at most, until as many have come as the last time, when nobody writes anything else.
+When a thousand clients come at once, a transaction each is a third of what a connection costs; five milliseconds more
+are nothing beside its round trips."""
 
 CLOSE_TIMEOUT = 10.0
 """Seconds for the last transaction. A disk that hangs for longer must not keep the process from ending."""
@@ -149,8 +149,8 @@ class SqliteStore(Store):
         """Session → its newest operation that is not done. Invariant: operations of a session finish in order."""
         self._waiting = 0
         self._open = False
-        self._wake_for: tuple[type[Operation], ...] = ()
-        """What the writer, asleep, is to be woken for; nothing while it is awake, or somebody has woken it already."""
+        self._enough: int | None = None
+        """How many new sessions the writer, asleep, is to be woken for; None while it is awake, or has been woken."""
         self._asked: SimpleQueue[bool] = SimpleQueue()
 
     @property
@@ -229,9 +229,10 @@ class SqliteStore(Store):
         self._waiting += 1
         for session_id in operation.session_ids:
             self._last[session_id] = operation
-        if isinstance(operation, self._wake_for):
+        enough = self._enough
+        if enough is not None and (len(self._pending) >= enough or not isinstance(operation, Create)):
             self._tell(self._asked.put, True)
-            self._wake_for = ()
+            self._enough = None
 
     def _finish(self, group: list[Operation]) -> None:
         self._waiting -= len(group)
@@ -262,22 +263,21 @@ class SqliteStore(Store):
 
     def _write_groups(self) -> None:
         """The writer thread."""
-        more, company = True, False
+        more, expected = True, 1
         while True:
             while group := self._take([]):
-                new = sum(isinstance(operation, Create) for operation in group)
-                if company and new == len(group):
-                    more = self._sleep((Append, Job), GATHER) and more
-                    self._take(group)
-                if new:
-                    company = len(group) > 1
+                new = _new_sessions(group)
+                if new == len(group) < expected:
+                    more = self._sleep(expected - new, GATHER) and more
+                    new = _new_sessions(self._take(group))
+                expected = new or expected
                 self._writer.commit(group)
                 self._tell(self._finish, group)
                 if self._checkpoints.due(sum(map(_written, group))):
                     self._writer.checkpoint()
             if not more:
                 break
-            more = self._sleep((Operation,), None)
+            more = self._sleep(1, None)
         self._checkpoints.close()
         self._writer.close()
         self._lock.release()
@@ -295,16 +295,16 @@ class SqliteStore(Store):
             size += operation.size if isinstance(operation, Append) else 0
         return group
 
-    def _sleep(self, until: tuple[type[Operation], ...], seconds: float | None) -> bool:
-        """Wait until such an operation waits; no longer than `seconds`. False: there will be no more operations. Called
-        by the writer thread alone."""
-        self._wake_for = until
-        more = True
-        # What came before that was said has woken nobody.
-        if not any(isinstance(operation, until) for operation in tuple(self._pending)):
+    def _sleep(self, enough: int, seconds: float | None) -> bool:
+        """Wait until so many new sessions, or anything else, are to be written; no longer than `seconds`. False: there
+        will be no more operations. Called by the writer thread alone."""
+        pending, more = self._pending, True
+        self._enough = enough
+        # Who came before that was said has woken nobody.
+        if len(pending) < enough and all(isinstance(pending[i], Create) for i in range(len(pending))):
             with suppress(Empty):
                 more = self._asked.get(timeout=seconds)
-        self._wake_for = ()
+        self._enough = None
         return more
 
     def _tell(self, function: Callable[..., object], *args: Any) -> None:
@@ -399,6 +399,10 @@ class SqliteStore(Store):
             after = ids[-1]
             total += await self._job((), partial(Writer.expire_keys, sessions=ids, before=before))
         return total
+
+
+def _new_sessions(group: list[Operation]) -> int:
+    return sum(isinstance(operation, Create) for operation in group)
 
 
 def _written(operation: Operation) -> int:

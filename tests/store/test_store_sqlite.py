@@ -852,28 +852,33 @@ def when_gathering(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) ->
     """Have the writer call that when it has a new session and is about to wait for others."""
     sleep = SqliteStore._sleep
 
-    def gathering(store: SqliteStore, until: Any, seconds: float | None) -> bool:
+    def gathering(store: SqliteStore, enough: int, seconds: float | None) -> bool:
         if seconds is not None:
             call()
-        return sleep(store, until, seconds)
+        return sleep(store, enough, seconds)
 
     monkeypatch.setattr(SqliteStore, "_sleep", gathering)
 
 
-async def test_new_sessions_that_come_in_numbers_wait_for_one_another(
+async def three_at_once(store: SqliteStore) -> None:
+    """Three new sessions in one transaction: whoever comes next is expected not to be alone either."""
+    async with trio.open_nursery() as nursery:
+        for i in range(3):
+            nursery.start_soon(Script(store, f"in one step {i}").create)
+
+
+async def test_new_sessions_wait_until_as_many_have_come_as_the_last_time(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for nobody for long, and nobody else waits for them."""
     monkeypatch.setattr(sqlite_module, "GATHER", 3600)
     gathering = threading.Event()
     when_gathering(monkeypatch, gathering.set)
     with trio.fail_after(10):
         async with SqliteStore(path) as store:
-            script = await Script(store, "alone").create()
+            await Script(store, "alone").create()
             await Script(store, "the next one").create()
-            async with trio.open_nursery() as nursery:
-                for i in range(2):
-                    nursery.start_soon(Script(store, f"in one step {i}").create)
+            await three_at_once(store)
+            assert not gathering.is_set()
             before = store.statistics().transactions
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(Script(store, "soon after").create)
@@ -881,15 +886,58 @@ async def test_new_sessions_that_come_in_numbers_wait_for_one_another(
                 nursery.start_soon(Script(store, "later").create)
                 await trio.testing.wait_all_tasks_blocked()
                 assert store.statistics().waiting == 2
-                await script.write(script.output())
+                await Script(store, "the third").create()
             assert store.statistics().transactions == before + 1
             monkeypatch.setattr(sqlite_module, "GATHER", 0.001)
-            await Script(store, "one who waits").create()
+            gathering.clear()
+            await Script(store, "one for whom nobody comes").create()
+            assert gathering.is_set(), "it was three again"
             monkeypatch.setattr(sqlite_module, "GATHER", 3600)
             await Script(store, "one who came after one alone").create()
 
 
-async def test_what_comes_when_the_writer_begins_to_gather_wakes_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("who", ["who writes", "who deletes", "closing"])
+async def test_nobody_waits_for_new_sessions(path: str, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    monkeypatch.setattr(sqlite_module, "GATHER", 3600)
+    gathering = threading.Event()
+    when_gathering(monkeypatch, gathering.set)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery, SqliteStore(path) as store:
+            script = await Script(store).create()
+            await three_at_once(store)
+            await script.write(script.output())  # says nothing about new sessions
+            nursery.start_soon(Script(store, "new").create)
+            assert await trio.to_thread.run_sync(gathering.wait, 10)
+            if who == "who writes":
+                before = store.statistics().transactions
+                await script.write(script.output())
+                assert store.statistics().transactions == before + 1, "in one with the new session"
+            elif who == "who deletes":
+                await store.delete("s")
+
+
+async def test_who_is_there_already_waits_for_no_new_sessions(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_module, "GATHER", 3600)
+    faults = Faults()
+    gate = Gate(faults)
+    with trio.fail_after(10):
+        async with SqliteStore(path, make_connection=faults) as store:
+            script = await Script(store).create()
+            await three_at_once(store)
+            gate.armed = True
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(script.write, script.output())
+                await gate.wait_reached()
+                nursery.start_soon(Script(store, "new").create)
+                nursery.start_soon(script.write, script.output())
+                await trio.testing.wait_all_tasks_blocked()
+                gate.go.set()
+
+
+@pytest.mark.parametrize("who", ["who writes", "new sessions"])
+async def test_who_comes_when_the_writer_begins_to_gather_wakes_it(
+    path: str, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
     """Between its look, which found new sessions alone, and its sleep."""
     monkeypatch.setattr(sqlite_module, "GATHER", 3600)
     found, go = threading.Event(), threading.Event()
@@ -899,16 +947,18 @@ async def test_what_comes_when_the_writer_begins_to_gather_wakes_it(path: str, m
         assert go.wait(10)
 
     when_gathering(monkeypatch, pause)
-    async with SqliteStore(path) as store:
-        script = Script(store)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(script.create)
-            nursery.start_soon(Script(store, "with it").create)
-        with trio.fail_after(10):
+    with trio.fail_after(10):
+        async with SqliteStore(path) as store:
+            script = await Script(store).create()
+            await three_at_once(store)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(Script(store, "new").create)
                 assert await trio.to_thread.run_sync(found.wait, 10)
-                nursery.start_soon(script.write, script.output())
+                if who == "who writes":
+                    nursery.start_soon(script.write, script.output())
+                else:
+                    for name in ("another", "and another"):
+                        nursery.start_soon(Script(store, name).create)
                 await trio.testing.wait_all_tasks_blocked()
                 go.set()
 
