@@ -70,7 +70,10 @@ class Limits:
     replay_max_bytes: int = _limit(8 * MIB, 64 * KIB, 1024 * MIB, "their bytes; with the count it bounds a session")
 
     max_inbox_bytes: int = _limit(
-        8 * MIB, KIB, 1024 * MIB, "inputs waiting in one session, their bytes; one alone is taken, however large"
+        8 * MIB,
+        KIB,
+        1024 * MIB,
+        "bytes of the inputs waiting in one session; from there on no other is taken",
     )
     tail_max_bytes: int = _limit(
         MIB, KIB, 1024 * MIB, "newest events of one session in memory; older ones are read from the store"

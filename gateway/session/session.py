@@ -273,10 +273,11 @@ class Session:
 
     @property
     def credit(self) -> int:
-        """Inputs that may still be sent before the inbox is full."""
-        if self._inbox.held_bytes >= self.limits.max_inbox_bytes:
+        """Inputs that may still be sent before the inbox is full, as far as their bytes allow."""
+        inbox, limits = self._inbox, self.limits
+        if inbox.held_bytes >= limits.max_inbox_bytes:
             return 0
-        return max(0, self.limits.max_inbox - self._inbox.held)
+        return max(0, limits.max_inbox - inbox.held)
 
     # connections
 
@@ -377,8 +378,9 @@ class Session:
         if frame.on_busy == "reject" and self.busy:
             self._refuse(reader, request_id, "busy", "a turn is running or inputs are waiting")
             return
-        size = size_of(frame.content, frame.metadata)
-        if full := self._no_room(size):
+        if self.credit == 0:
+            inbox = self._inbox
+            full = f"{inbox.held:,} inputs of {inbox.held_bytes:,} bytes are waiting"
             self._refuse(reader, request_id, "inbox_full", full, INBOX_RETRY_MS, 0)
             return
         if self.publisher.failing:
@@ -395,7 +397,7 @@ class Session:
             metadata=frame.metadata,
             sender=reader.member.subject,
         )
-        queued = QueuedInput(event, frame.on_busy, digest, size)
+        queued = QueuedInput(event, frame.on_busy, digest, size_of(frame.content, frame.metadata))
         queued.repliers.append(self._replier(reader, queued))
         at_once = not self.busy
         self._inbox.admit(queued)
@@ -407,15 +409,6 @@ class Session:
             self._begin_turn(self._inbox.take([queued]))
         self.publisher.hurry()
         self.start()
-
-    def _no_room(self, size: int) -> str | None:
-        """Why the inbox does not take an input of so many bytes. With nothing in it, it takes any."""
-        inbox, limits = self._inbox, self.limits
-        if inbox.held >= limits.max_inbox:
-            return f"{limits.max_inbox} inputs are waiting"
-        if inbox.held and inbox.held_bytes + size > limits.max_inbox_bytes:
-            return f"inputs of {inbox.held_bytes:,} bytes are waiting; there may be {limits.max_inbox_bytes:,}"
-        return None
 
     def _replier(self, reader: Reader, queued: QueuedInput) -> Callable[[Error | None, int, bool], None]:
         event = queued.event

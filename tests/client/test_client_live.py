@@ -284,15 +284,16 @@ async def test_refusals(autojump_clock: trio.testing.MockClock) -> None:
                 await session.wait_joined()
 
 
-async def test_a_full_inbox_is_waited_out(autojump_clock: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize("limits", [{"max_inbox": 2}, {"max_inbox_bytes": 4096}], ids=["count", "bytes"])
+async def test_a_full_inbox_is_waited_out(autojump_clock: trio.testing.MockClock, limits: dict[str, int]) -> None:
     async def slow(turn: Turn) -> str:
         await trio.sleep(1)
-        return turn.input.content
+        return turn.input.content[0]
 
-    async with open_gateway(config(max_inbox=2), {"slow": slow}) as gateway:
+    async with open_gateway(config(**limits), {"slow": slow}) as gateway:
         async with in_memory(gateway, "slow") as session, trio.open_nursery() as nursery:
             for number in range(8):
-                nursery.start_soon(session.send, str(number))
+                nursery.start_soon(session.send, str(number) * (3_000 if number in (1, 2, 5) else 1))
                 await trio.testing.wait_all_tasks_blocked()
             items = await until_ended(session, 8)
             assert [i.content for i in items if isinstance(i, Output)] == [str(n) for n in range(8)]

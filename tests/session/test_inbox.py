@@ -24,7 +24,7 @@ async def test_a_full_inbox_refuses_and_stores_nothing() -> None:
         appends = bench.store.appends
         assert bench.reader.frames[-1] == Error(
             code="inbox_full",
-            message="2 inputs are waiting",
+            message="2 inputs of 4 bytes are waiting",
             retryable=True,
             retry_after_ms=1000,
             request_id="r4",
@@ -42,44 +42,39 @@ async def test_the_bytes_of_an_inbox_are_bounded_too() -> None:
     async with open_bench(agent, limits=Limits(max_inbox_bytes=2048)) as bench:
         bench.send("runs", "x" * 3000)
         await settle()
-        bench.send("first", "é" * 500, metadata={"a": "b" * 492})  # 1,500 bytes and a half of the smallest limit
+        bench.send("first", "é" * 500, metadata={"a": "b" * 492})  # 1,000 bytes and 500
+        bench.send("second", "x" * 547)
+        bench.send("third", "x" * 5000)  # a byte was left
         appends = bench.store.appends
-        for too_much in ("x" * 549, "é" * 275):
-            bench.send("more", too_much)
-            assert bench.reader.frames[-1] == Error(
-                code="inbox_full",
-                message="inputs of 1,500 bytes are waiting; there may be 2,048",
-                retryable=True,
-                retry_after_ms=1000,
-                request_id="more",
-                credit=0,
-            )
-        bench.send("more", "", metadata={"a": "b" * 541})
-        assert [frame.code for frame in bench.reader.got(Error)] == ["inbox_full"] * 3
+        bench.send("fourth", "")
+        assert bench.reader.frames[-1] == Error(
+            code="inbox_full",
+            message="3 inputs of 7,047 bytes are waiting",
+            retryable=True,
+            retry_after_ms=1000,
+            request_id="fourth",
+            credit=0,
+        )
         await settle()
         assert bench.store.appends == appends + 1
-        bench.send("fits", "x" * 548)
-        await settle()
-        assert [frame.credit for frame in bench.reader.got(Accepted)] == [256, 255, 0]
-        bench.send("one byte", "x")
-        assert bench.reader.got(Error)[-1].code == "inbox_full"
+        assert [frame.credit for frame in bench.reader.got(Accepted)] == [256, 0, 0, 0]
         bench.reader.take()
         bench.abort(request_id="first")
         await settle()
-        assert [frame for frame in bench.reader.take() if isinstance(frame, Credit)] == [Credit(credit=255)]
-        bench.send("more", "x" * 549)
-        bench.abort(scope="queue")
+        assert not bench.reader.got(Credit), "there is still too much"
+        bench.abort(request_id="third")
         await settle()
-        assert bench.session.credit == 256
-        bench.send("alone", "x" * 10_000)
-        bench.send("beside it", "x")
+        assert bench.reader.got(Credit) == [Credit(credit=255)]
+        bench.send("fourth", "")
         await settle()
-        assert [(frame.request_id, frame.credit) for frame in bench.reader.got(Accepted)[-1:]] == [("alone", 0)]
-        assert bench.reader.got(Error)[-1].request_id == "beside it"
+        assert bench.session.credit == 254
         await agent.finish()
         await settle()
-        assert bench.session.credit == 256, "a turn has it"
-    assert bench.inputs == ["runs", "first", "fits", "more", "alone"]
+        assert bench.session.credit == 255, "a turn has one of them"
+        bench.abort(scope="all")
+        await settle()
+        assert bench.session.credit == 256
+    assert bench.inputs == ["runs", "first", "second", "third", "fourth"]
 
 
 async def test_the_bytes_that_wait_are_known_after_a_restart() -> None:
@@ -96,8 +91,8 @@ async def test_the_bytes_that_wait_are_known_after_a_restart() -> None:
             else:
                 await settle()
                 assert bench.turns[-1] == ["next"]
-                bench.send("too much", "x" * 549)
                 bench.send("fits", "x" * 548)
+                bench.send("too much", "")
                 await settle()
                 assert [frame.request_id for frame in bench.reader.got(Error)] == ["too much"]
                 assert [(frame.request_id, frame.credit) for frame in bench.reader.got(Accepted)] == [("fits", 0)]
