@@ -18,9 +18,8 @@ be withdrawn, or another put before it, until the moment at which a turn has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any
 
 import trio
 from attrs import define, field
@@ -36,11 +35,6 @@ class Place(Enum):
     GONE = "withdrawn, or taken by a turn"
 
 
-def size_of(content: str, metadata: Mapping[str, Any]) -> int:
-    """The bytes of an input."""
-    return len(content.encode()) + (len(dump_json(metadata)) if metadata else 0)
-
-
 @define(eq=False)
 class QueuedInput:
     """An accepted (or nearly accepted) input that no turn has taken yet."""
@@ -48,12 +42,17 @@ class QueuedInput:
     event: Input
     on_busy: BusyMode
     digest: bytes
-    size: int
-    """What `size_of` says."""
+    size: int = field(init=False)
+    """Bytes of its content and metadata."""
     place: Place = Place.STORING
     repliers: list[Callable[[Error | None, int, bool], None]] = field(factory=list)
     """Whoever sent it and waits for `accepted`: called with an error or None, how many inputs wait before it, and
     whether it is a repetition."""
+
+    @size.default
+    def _size(self) -> int:
+        metadata = self.event.metadata
+        return len(self.event.content.encode()) + (len(dump_json(metadata)) if metadata else 0)
 
     @property
     def rank(self) -> tuple[bool, int]:

@@ -67,7 +67,7 @@ from gateway.protocol.messages import (
 )
 from gateway.protocol.view import SessionView, encode_snapshot
 from gateway.session.failures import AGENT_ERRORS, explain, outcome_of, refusal
-from gateway.session.inbox import Inbox, Place, QueuedInput, size_of
+from gateway.session.inbox import Inbox, Place, QueuedInput
 from gateway.session.older import Older
 from gateway.session.publisher import Finish, Pacer, Publisher
 from gateway.session.reader import Reader, after_calls
@@ -190,12 +190,7 @@ class Session:
             self.keys.add(request_id, key)
         self._inbox.restore(
             [
-                QueuedInput(
-                    item.event,
-                    item.on_busy,  # type: ignore[arg-type]
-                    digest_of(item.event.content, item.event.metadata),
-                    size_of(item.event.content, item.event.metadata),
-                )
+                QueuedInput(item.event, item.on_busy, digest_of(item.event.content, item.event.metadata))  # type: ignore[arg-type]
                 for item in stored.queue
             ]
         )
@@ -397,7 +392,7 @@ class Session:
             metadata=frame.metadata,
             sender=reader.member.subject,
         )
-        queued = QueuedInput(event, frame.on_busy, digest, size_of(frame.content, frame.metadata))
+        queued = QueuedInput(event, frame.on_busy, digest)
         queued.repliers.append(self._replier(reader, queued))
         at_once = not self.busy
         self._inbox.admit(queued)
