@@ -43,7 +43,7 @@ thread that does not return, must not keep the process either."""
 FILES_BESIDE_CONNECTIONS = 256
 """Listening sockets, the store's files, agents' pipes and their connections to models."""
 
-HTTP_MODULES = {"hypercorn", "starlette", "h11", "h2", "wsproto", "anyio"}
+HTTP_MODULES = {"hypercorn", "starlette", "h2", "wsproto", "anyio"}
 
 _log = structlog.get_logger(__name__)
 

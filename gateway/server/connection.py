@@ -62,6 +62,7 @@ from gateway.server.auth import Identity, origin_allowed, unauthorized
 from gateway.session import Session
 from gateway.session.registry import unavailable
 from gateway.transport.frames import text_frames
+from gateway.transport.upgrade import UpgradeRequest
 from gateway.transport.websocket import Phase, ServerWebSocket
 
 if TYPE_CHECKING:
@@ -229,7 +230,10 @@ class Connection:
 
     async def _admit(self, hello: Hello) -> None:
         gateway, ws = self._gateway, self._ws
-        if not origin_allowed(ws.header(b"origin"), ws.host, gateway.config.server.allowed_origins):
+        request = ws.request
+        assert request is not None
+        origin, host = request.header(b"origin"), request.header(b"host")
+        if not origin_allowed(origin, host, gateway.config.server.allowed_origins):
             raise HandshakeRefused(
                 "origin_not_allowed",
                 "pages of this origin may not connect",
@@ -237,7 +241,7 @@ class Connection:
                 next_step="Add the page's origin to server.allowed_origins.",
             )
         gateway.check_admission()
-        identity = await gateway.authenticate(self._token(hello))
+        identity = await gateway.authenticate(self._token(hello, request))
         if identity.expired(gateway.sources.now_ms()):
             raise unauthorized("the token has expired", close_reason="token_expired")
         session, existed = await gateway.registry.join(hello, identity.subject)
@@ -333,19 +337,8 @@ class Connection:
                 members.append(reader.member)
         return [*members, self.member]
 
-    def _token(self, hello: Hello) -> str | None:
-        return self._dialect.find_token(self._given_token(hello), self._ws.query)
-
-    def _given_token(self, hello: Hello) -> str | None:
-        if hello.token is not None:
-            return hello.token
-        authorization = self._ws.header(b"authorization")
-        if authorization is not None and authorization[:7].lower() == "bearer ":
-            return authorization[7:].strip()
-        for offered in self._ws.subprotocols:
-            if offered.startswith("bearer."):
-                return offered[7:]
-        return None
+    def _token(self, hello: Hello, request: UpgradeRequest) -> str | None:
+        return self._dialect.find_token(_given_token(hello, request), request.query)
 
     # reading
 
@@ -654,6 +647,18 @@ class Connection:
             return True
         behind = self.cursor < session.log.head or not session.publisher.idle
         return not self._control and not self._ws.blocked and not behind
+
+
+def _given_token(hello: Hello, request: UpgradeRequest) -> str | None:
+    if hello.token is not None:
+        return hello.token
+    authorization = request.header(b"authorization")
+    if authorization is not None and authorization[:7].lower() == "bearer ":
+        return authorization[7:].strip()
+    for offered in request.subprotocols:
+        if offered.startswith("bearer."):
+            return offered[7:]
+    return None
 
 
 _HANDLERS: dict[type[ClientFrame], Callable[[Connection, Any], None]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -17,7 +18,8 @@ import trio
 from gateway.errors import BindError, ConnectionLost
 from gateway.server.connection import Connection
 from gateway.transport.streams import ByteStream, SocketByteStream, end_gently
-from gateway.transport.websocket import LINGER, HandshakeFailed, open_server_websocket
+from gateway.transport.upgrade import HandshakeFailed, NoWebSocketHere, TooMany, UpgradeRequest, refusing
+from gateway.transport.websocket import LINGER, open_server_websocket
 
 if TYPE_CHECKING:
     from gateway.server.gateway import Gateway
@@ -36,10 +38,7 @@ MAX_LINGERING = 64
 
 SUBPROTOCOL = "trio-gateway"
 
-_REFUSAL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n"
-    b"Retry-After: 1\r\nContent-Length: %d\r\n\r\n%b"
-)
+_REFUSAL = refusing(TooMany("too many connections that have not said hello"))
 
 _log = structlog.get_logger(__name__)
 
@@ -144,10 +143,9 @@ async def serve_stream(gateway: Gateway, stream: ByteStream) -> None:
 
 
 async def _refuse(admission: Admission, stream: ByteStream) -> None:
-    body = b"too many connections that have not said hello\n"
     admission.lingering += 1
     try:
-        stream.send_nowait(_REFUSAL % (len(body), body))
+        stream.send_nowait(_REFUSAL)
         if admission.lingering <= MAX_LINGERING:
             await end_gently(stream, LINGER)
     finally:
@@ -155,24 +153,26 @@ async def _refuse(admission: Admission, stream: ByteStream) -> None:
 
 
 async def _serve(gateway: Gateway, stream: ByteStream, leave: Callable[[], None]) -> None:
-    config = gateway.config
-    limits = config.limits
+    limits = gateway.config.limits
     async with open_server_websocket(
         stream,
+        choose=partial(_choose, gateway.config.server.path),
         max_message_bytes=limits.max_handshake_bytes,
         max_queued_frames=limits.max_control_frames,
         handshake_timeout=limits.handshake_timeout_ms / 1000,
         close_timeout=limits.close_timeout_ms / 1000,
         upgrading=gateway.upgrading,
     ) as ws:
-        if ws.path != config.server.path:
-            await ws.reject(404, f"no WebSocket here; connect to {config.server.path}\n".encode())
-            return
         # The hello has a limit of its own, and nothing more is kept for somebody who has not joined.
         ws.hold = True
-        await ws.accept(SUBPROTOCOL if SUBPROTOCOL in ws.subprotocols else None)
         connection = Connection(gateway, ws, on_joined=leave)
         await connection.run()
         if ws.closed_by_us:
             assert ws.close_code is not None
             gateway.count_close(ws.close_code, ws.close_reason)
+
+
+def _choose(path: str, request: UpgradeRequest) -> str | None:
+    if request.path != path:
+        raise NoWebSocketHere(f"no WebSocket here; connect to {path}")
+    return SUBPROTOCOL if SUBPROTOCOL in request.subprotocols else None

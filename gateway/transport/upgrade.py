@@ -1,20 +1,19 @@
-"""The upgrade request: all that trio-websocket is used for on the server's side.
+"""The upgrade request and its answer (RFC 6455 section 4.2). h11 parses HTTP; what WebSocket asks is checked here.
 
-The library reads the request and writes the answer, over a stream of ours that shows it nothing else. When it has
-answered, its reading ends and it leaves memory: what follows on the line is `websocket`'s.
-
-What it would do wrong is kept from it: heads that are not ASCII or have control characters, and line ends that its
-parser takes for others than we do.
+trio-websocket would do both, with a task, channels and events of its own for each connection, of which nothing is
+needed afterwards (see `docs/explanation/decisions.md`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from base64 import b64encode
 from contextlib import suppress
+from hashlib import sha1
 
+import h11
 import trio
-import trio_websocket
+from attrs import frozen
 
 from gateway.errors import TransportError
 from gateway.transport.streams import ByteStream
@@ -22,15 +21,20 @@ from gateway.transport.streams import ByteStream
 MAX_HEAD = 16 * 1024
 """Bytes of an upgrade request: what common HTTP servers take (8 to 16 KiB) at its upper end."""
 
-_HOST = re.compile(rb"\r\nhost:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
-
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
+
+_ANSWER = (
+    b"HTTP/1.1 %b\r\n%bContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+)
 
 
 class HandshakeFailed(TransportError):
     """The upgrade request was refused or never completed; the peer got an HTTP answer where one was possible."""
 
     status = b"400 Bad Request"
+    headers = b""
 
 
 class NoRequest(HandshakeFailed):
@@ -39,80 +43,162 @@ class NoRequest(HandshakeFailed):
     status = b"408 Request Timeout"
 
 
+class OtherVersion(HandshakeFailed):
+    """It is of another version of the protocol."""
+
+    status = b"426 Upgrade Required"
+    headers = b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+
+
 class Stopping(HandshakeFailed):
     """The gateway is about to stop."""
 
     status = b"503 Service Unavailable"
 
 
-class Upgrade(trio.abc.HalfCloseableStream):
-    """An upgrade request being read and answered.
+class TooMany(HandshakeFailed):
+    """No room for it now."""
+
+    status = b"503 Service Unavailable"
+    headers = b"Retry-After: 1\r\n"
+
+
+class NoWebSocketHere(HandshakeFailed):
+    """The request names another path."""
+
+    status = b"404 Not Found"
+
+
+@frozen
+class UpgradeRequest:
+    """What a client asked for. `headers` by lower-case name; of a repeated one the values, joined by commas."""
+
+    target: str
+    headers: dict[bytes, bytes]
+
+    @property
+    def path(self) -> str:
+        """The requested path without its query."""
+        return self.target.partition("?")[0]
+
+    @property
+    def query(self) -> str:
+        """The query, without the question mark."""
+        return self.target.partition("?")[2]
+
+    @property
+    def subprotocols(self) -> list[str]:
+        """What the client offers in ``Sec-WebSocket-Protocol``."""
+        return self.tokens(b"sec-websocket-protocol")
+
+    def header(self, name: bytes) -> str | None:
+        """A header by its lower-case name."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("ascii")
+
+    def tokens(self, name: bytes) -> list[str]:
+        """The parts of a header that is a list."""
+        return [part.strip() for part in (self.header(name) or "").split(",")]
+
+
+def parse_request(head: bytes) -> UpgradeRequest:
+    """Read a head, from its first byte to its empty line.
+
+    Raises:
+        HandshakeFailed: it is no request for a WebSocket.
+    """
+    if not head.isascii() or _CONTROL.search(head):
+        raise HandshakeFailed("the request's head must be printable ASCII")
+    if not head.startswith(b"GET "):
+        raise HandshakeFailed("expected a GET request with Upgrade: websocket")
+    if head.count(b"\n") != head.count(b"\r\n"):
+        # h11 would take them, and see another end of the head than we do.
+        raise HandshakeFailed("the request's lines must end with CR LF")
+    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+    try:
+        parser.receive_data(head)
+        event = parser.next_event()
+    except h11.RemoteProtocolError as exc:
+        raise HandshakeFailed(f"malformed request: {exc}") from None
+    if not isinstance(event, h11.Request):
+        raise HandshakeFailed("malformed request: it has no end")
+    headers: dict[bytes, bytes] = {}
+    for name, value in event.headers:
+        headers[name] = headers[name] + b"," + value if name in headers else value
+    request = UpgradeRequest(event.target.decode("ascii"), headers)
+    _check(event.http_version, request)
+    return request
+
+
+def _check(http_version: bytes, request: UpgradeRequest) -> None:
+    """What RFC 6455 section 4.2.1 asks of a request, beside its Host, for which h11 has looked."""
+    wanted = "expected a WebSocket upgrade request (RFC 6455 section 4.2.1)"
+    headers = request.headers
+    if http_version != b"1.1":
+        raise HandshakeFailed(f"{wanted}: it must be of HTTP/1.1")
+    if headers.get(b"upgrade", b"").lower() != b"websocket":
+        raise HandshakeFailed(f"{wanted}: its Upgrade header must be 'websocket'")
+    if "upgrade" not in (token.lower() for token in request.tokens(b"connection")):
+        raise HandshakeFailed(f"{wanted}: its Connection header must have 'Upgrade'")
+    if not headers.get(b"sec-websocket-key"):
+        raise HandshakeFailed(f"{wanted}: it must have a Sec-WebSocket-Key")
+    if not headers.get(b"sec-websocket-version"):
+        raise HandshakeFailed(f"{wanted}: it must have a Sec-WebSocket-Version")
+    if headers[b"sec-websocket-version"] != b"13":
+        raise OtherVersion("this gateway speaks version 13 of the WebSocket protocol")
+
+
+def accepting(request: UpgradeRequest, subprotocol: str | None) -> bytes:
+    """The answer that opens the connection (RFC 6455 section 4.2.2)."""
+    proof = b64encode(sha1(request.headers[b"sec-websocket-key"] + _GUID, usedforsecurity=False).digest())
+    chosen = b"" if subprotocol is None else b"Sec-WebSocket-Protocol: %b\r\n" % subprotocol.encode("ascii")
+    return (
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Accept: %b\r\n%b\r\n" % (proof, chosen)
+    )
+
+
+def refusing(failed: HandshakeFailed) -> bytes:
+    """The answer that says why not."""
+    body = f"{failed}\n".encode()
+    return _ANSWER % (failed.status, failed.headers, len(body), body)
+
+
+class Upgrade:
+    """An upgrade request being read.
 
     Args:
-        write: takes the library's bytes; never waits.
-        deadline: until when (trio time) the request must have come.
+        deadline: until when (trio time) it must have come.
 
     Attributes:
-        request: what was asked for, once `read` has returned.
-        host: its ``Host`` header.
         rest: what came behind it.
-        answered: whether anything was written.
     """
 
-    def __init__(self, stream: ByteStream, write: Callable[[bytes], None], deadline: float) -> None:
+    def __init__(self, stream: ByteStream, deadline: float) -> None:
         self._stream = stream
-        self._write = write
         self._scope = trio.CancelScope(deadline=deadline)
         self._refused: HandshakeFailed = NoRequest("no upgrade request within the time limit")
-        self._head_seen = False
-        self._over = trio.Event()
-        self.request: trio_websocket.WebSocketRequest | None = None
-        self.host: str | None = None  # the library keeps this header to itself
         self.rest = bytearray()
-        self.answered = False
 
-    async def read(self, nursery: trio.Nursery) -> None:
-        """Read the request. The library's task in `nursery` ends with `accept` or `reject`.
+    async def read(self) -> UpgradeRequest:
+        """Wait for the request.
 
         Raises:
-            HandshakeFailed: also out of the nursery.
+            HandshakeFailed: none came, or it is refused.
         """
-        # When the library refuses a request it closes the stream but does not say so to `wrap_server_stream`, which
-        # would wait for ever: `aclose` cancels this scope.
         with self._scope:
-            self.request = await trio_websocket.wrap_server_stream(
-                nursery, self, message_queue_size=1, receive_buffer_size=None
-            )
-        if self.request is None:
-            raise self._refused
+            return parse_request(await self._receive_head())
+        raise self._refused
 
     def stop(self, why: HandshakeFailed) -> None:
         """Have `read` raise this. Nothing happens when the request was read."""
         self._refused = why
         self._scope.cancel()
 
-    async def accept(self, subprotocol: str | None) -> None:
-        """Answer 101."""
-        assert self.request is not None
-        await self.request.accept(subprotocol=subprotocol)
-        self._over.set()
-
-    async def reject(self, status: int, body: bytes) -> None:
-        """Answer with an HTTP error."""
-        assert self.request is not None
-        headers = [(b"Content-Type", b"text/plain; charset=utf-8"), (b"Connection", b"close")]
-        await self.request.reject(status, extra_headers=headers, body=body)
-        self._over.set()
-
-    # what the library sees
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """The request; then, as soon as it is answered, the line is broken as far as the library knows."""
-        if not self._head_seen:
-            self._head_seen = True
-            return await self._receive_head()
-        await self._over.wait()
-        raise trio.BrokenResourceError("the rest is not for the library")
+    def refuse(self, failed: HandshakeFailed) -> None:
+        """Say it in HTTP, as far as one non-blocking write goes."""
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            self._stream.send_nowait(refusing(failed))
 
     async def _receive_head(self) -> bytes:
         buffer = self.rest
@@ -122,7 +208,6 @@ class Upgrade(trio.abc.HalfCloseableStream):
             try:
                 data = await self._stream.receive_some(4096)
             except trio.BrokenResourceError as exc:
-                # Not as it is: the library would swallow it and wait on.
                 raise HandshakeFailed(f"the line was lost during the upgrade request: {exc}") from None
             if not data:
                 raise HandshakeFailed("the peer closed during the upgrade request")
@@ -130,55 +215,5 @@ class Upgrade(trio.abc.HalfCloseableStream):
         head = bytes(buffer[: end + 4])
         if len(head) > MAX_HEAD:
             raise HandshakeFailed(f"the request's head is longer than {MAX_HEAD} bytes")
-        if not head.isascii() or _CONTROL.search(head):
-            raise HandshakeFailed("the request's head must be printable ASCII")
-        if not head.startswith(b"GET "):
-            raise HandshakeFailed("expected a GET request with Upgrade: websocket")
-        if head.count(b"\n") != head.count(b"\r\n"):
-            # The library's parser would take them, and see another Host than we do.
-            raise HandshakeFailed("the request's lines must end with CR LF")
         del buffer[: end + 4]
-        found = _HOST.search(head)
-        self.host = found[1].decode("ascii") if found else None
         return head
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        if not self._over.is_set():
-            self.answered = True
-            self._write(bytes(data))
-        await trio.lowlevel.checkpoint()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def send_eof(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def aclose(self) -> None:
-        if self.request is None:
-            self.stop(HandshakeFailed("expected a WebSocket upgrade request (RFC 6455 section 4.2.1)"))
-        await trio.lowlevel.checkpoint()
-
-
-_ANSWER = b"HTTP/1.1 %b\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
-
-
-def failure_in(group: ExceptionGroup[Exception]) -> HandshakeFailed:
-    """Why the request failed. Whatever went wrong while it was read is its fault: the library raises on some heads."""
-    failed = next((exc for exc in _leaves(group) if isinstance(exc, HandshakeFailed)), None)
-    return failed or HandshakeFailed("malformed request")
-
-
-def answer_in_http(stream: ByteStream, failed: HandshakeFailed) -> None:
-    """Say it in HTTP, as far as one non-blocking write goes."""
-    body = f"{failed}\n".encode()
-    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        stream.send_nowait(_ANSWER % (failed.status, len(body), body))
-
-
-def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
-    for exc in group.exceptions:
-        if isinstance(exc, ExceptionGroup):
-            yield from _leaves(exc)
-        else:
-            yield exc

@@ -2,7 +2,7 @@
 
 Theory of operation
 -------------------
-trio-websocket does the upgrade (`upgrade`); from then on the line is ours.
+`upgrade` reads the request for it and answers; then there is a `ServerWebSocket`.
 
     get_many() ── reads, splits and unmasks: whole messages in batches; answers pings; joins fragments
     send_nowait() ── the FIFO is empty: one non-blocking write
@@ -16,7 +16,7 @@ The rules are checked at a frame's header: no byte beyond a limit is waited for.
 the RFC's code. Either side may begin the closing handshake at any point of the other's; one close frame, with our code,
 goes out.
 
-Phases: HANDSHAKE → OPEN → CLOSING (our close was asked for, or the peer's is being answered) → CLOSED. Ready-made
+Phases: OPEN → CLOSING (our close was asked for, or the peer's is being answered) → CLOSED. Ready-made
 frames are taken only while OPEN; from CLOSING on, text is discarded, or the peer's close reply would never be reached.
 What the peer sent before it closed, or broke a rule, is still handled and answered; the close frame goes out when the
 handler has left the block.
@@ -30,7 +30,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from enum import IntEnum
 from math import inf
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -49,12 +48,9 @@ from gateway.transport.frames import (
     unmask,
 )
 from gateway.transport.streams import ByteStream, end_gently
-from gateway.transport.upgrade import HandshakeFailed, Upgrade, answer_in_http, failure_in
+from gateway.transport.upgrade import HandshakeFailed, Upgrade, UpgradeRequest, accepting
 
-if TYPE_CHECKING:
-    import trio_websocket
-
-__all__ = ["LINGER", "HandshakeFailed", "Phase", "ServerWebSocket", "open_server_websocket"]
+__all__ = ["LINGER", "Phase", "ServerWebSocket", "open_server_websocket"]
 
 READ_BYTES = 64 * 1024
 BATCH_MESSAGES = 1024
@@ -71,7 +67,6 @@ _UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 class Phase(IntEnum):
-    HANDSHAKE = 0
     OPEN = 1
     CLOSING = 2
     CLOSED = 3
@@ -102,7 +97,11 @@ class _Fragments:
 class ServerWebSocket:
     """One accepted WebSocket. Made by `open_server_websocket`.
 
+    Args:
+        buffer: what the client has sent behind its request.
+
     Attributes:
+        request: the upgrade request; None from `release` on.
         phase: where in its life it is.
         hold: whether messages are taken one by one, and nothing behind is looked at; until `release`.
         blocked: whether something waits in the FIFO; then the kernel takes no more for now.
@@ -117,7 +116,6 @@ class ServerWebSocket:
 
     # There is one for each of thousands of idle clients: slots save 1.3 KB.
     __slots__ = (
-        "_accepted",
         "_buffer",
         "_by_us",
         "_fifo",
@@ -135,7 +133,6 @@ class ServerWebSocket:
         "_skip",
         "_stream",
         "_takes_late",
-        "_upgrade",
         "_waiting",
         "blocked",
         "blocked_since",
@@ -148,23 +145,25 @@ class ServerWebSocket:
         "on_unblocked",
         "phase",
         "progress_at",
+        "request",
     )
 
     def __init__(
         self,
         stream: ByteStream,
         nursery: trio.Nursery,
+        request: UpgradeRequest,
+        buffer: bytearray,
         *,
+        connected_at: float,
         max_message_bytes: int,
         max_queued_frames: int,
-        handshake_timeout: float,
     ) -> None:
         self._stream = stream
         self._nursery = nursery
-        self.connected_at = trio.current_time()
-        self._upgrade: Upgrade | None = Upgrade(stream, self._enqueue, self.connected_at + handshake_timeout)
-        self._accepted = False
-        self._buffer = bytearray()
+        self.request: UpgradeRequest | None = request
+        self.connected_at = connected_at
+        self._buffer = buffer
         self._messages: list[bytes] = []
         self._fragments: _Fragments | None = None
         self._skip = 0  # bytes still to come of a frame that nobody wants
@@ -182,7 +181,7 @@ class ServerWebSocket:
         self._takes_late = False
         self.hold = False
         self.max_message_bytes = max_message_bytes
-        self.phase = Phase.HANDSHAKE
+        self.phase = Phase.OPEN
         self.blocked = False
         self.blocked_since = 0.0
         self.progress_at = 0.0
@@ -190,8 +189,6 @@ class ServerWebSocket:
         self.close_reason = ""
         self.on_unblocked: Callable[[], None] = _nothing
         self.on_late: Callable[[bytes], None] = _ignore
-
-    # the upgrade request; it can be asked about until `release`
 
     @property
     def peer(self) -> str:
@@ -202,69 +199,6 @@ class ServerWebSocket:
     def closed_by_us(self) -> bool:
         """Whether `close_code` is ours and not the peer's."""
         return self._by_us
-
-    @property
-    def path(self) -> str:
-        """The requested path without its query."""
-        return self._request.path.partition("?")[0]
-
-    @property
-    def query(self) -> str:
-        """The query of the request, without the question mark."""
-        return self._request.path.partition("?")[2]
-
-    @property
-    def subprotocols(self) -> tuple[str, ...]:
-        """What the client offers in ``Sec-WebSocket-Protocol``."""
-        return self._request.proposed_subprotocols
-
-    @property
-    def host(self) -> str | None:
-        """The ``Host`` header."""
-        assert self._upgrade is not None
-        return self._upgrade.host
-
-    def header(self, name: bytes) -> str | None:
-        """A header of the request by its lower-case name."""
-        for key, value in self._request.headers:
-            if key == name:
-                return value.decode("ascii")
-        return None
-
-    @property
-    def _request(self) -> trio_websocket.WebSocketRequest:
-        assert self._upgrade is not None
-        assert self._upgrade.request is not None
-        return self._upgrade.request
-
-    async def _read_request(self, upgrading: dict[Upgrade, None]) -> None:
-        upgrade = self._upgrade
-        assert upgrade is not None
-        upgrading[upgrade] = None
-        try:
-            await upgrade.read(self._nursery)
-        finally:
-            del upgrading[upgrade]
-
-    @property
-    def _answered(self) -> bool:
-        return self._upgrade is None or self._upgrade.answered
-
-    async def accept(self, subprotocol: str | None = None) -> None:
-        """Answer 101 and open the connection. `subprotocol` must be one that was offered."""
-        assert self._upgrade is not None
-        await self._upgrade.accept(subprotocol)
-        self._buffer = self._upgrade.rest
-        self._accepted = True
-        if self.phase is Phase.HANDSHAKE:
-            self.phase = Phase.OPEN
-
-    async def reject(self, status: int, body: bytes) -> None:
-        """Answer with an HTTP error instead; the block of `open_server_websocket` should then be left."""
-        assert self._upgrade is not None
-        self._read_over = True
-        self.phase = Phase.CLOSING
-        await self._upgrade.reject(status, body)
 
     # reading
 
@@ -292,7 +226,7 @@ class ServerWebSocket:
         """End a `hold`: what follows is read, with this limit. The upgrade request is forgotten."""
         self.max_message_bytes = max_message_bytes
         self.hold = False
-        self._upgrade = None
+        self.request = None
 
     @contextmanager
     def reading(self, deadline: float = inf) -> Iterator[trio.CancelScope]:
@@ -471,7 +405,7 @@ class ServerWebSocket:
 
     def close_nowait(self, code: int, reason: str) -> None:
         """Ask for the end of the connection. Nothing more is taken or delivered; leaving the block sends the close."""
-        if self.phase in (Phase.HANDSHAKE, Phase.OPEN):
+        if self.phase is Phase.OPEN:
             self.phase = Phase.CLOSING
             self._by_us = True
             self.close_code, self.close_reason = code, reason
@@ -521,7 +455,7 @@ class ServerWebSocket:
                 self.phase = Phase.CLOSING
             elif self.phase is Phase.OPEN:
                 self.close_nowait(1000, "")
-            if self._accepted and self.phase is not Phase.CLOSED:
+            if self.phase is not Phase.CLOSED:
                 self._enqueue(_close_frame(self.close_code or 1000, self.close_reason))
                 late, self._messages = self._messages, []
                 for message in late if self._takes_late else ():
@@ -559,50 +493,57 @@ def _ignore(message: bytes) -> None:
 async def open_server_websocket(
     stream: ByteStream,
     *,
+    choose: Callable[[UpgradeRequest], str | None] = lambda request: None,
     max_message_bytes: int,
     max_queued_frames: int = 256,
     handshake_timeout: float = 10.0,
     close_timeout: float = 3.0,
     upgrading: dict[Upgrade, None] | None = None,
 ) -> AsyncIterator[ServerWebSocket]:
-    """Run a WebSocket on `stream`, which this owns. Inside the block, `accept` or `reject` comes first.
+    """Upgrade `stream`, which this owns, and run a WebSocket on it.
 
     Leaving the block closes: the close frame that `close_nowait` asked for (1000 if none did), the peer's reply awaited
     for `close_timeout` seconds, then the stream is closed whatever its state. When the block is left by cancellation
     the stream is closed at once.
 
     Args:
+        choose: says which of the offered subprotocols to take, or raises `HandshakeFailed` to refuse the request.
         upgrading: holds the request while it is being read; whoever stops it there ends this with what they say.
 
     Raises:
         HandshakeFailed: no usable upgrade request came within `handshake_timeout` seconds.
     """
-    ws: ServerWebSocket | None = None
-    requested = False
+    connected_at = trio.current_time()
+    upgrade = Upgrade(stream, connected_at + handshake_timeout)
+    upgrading = {} if upgrading is None else upgrading
     try:
+        upgrading[upgrade] = None
+        try:
+            request = await upgrade.read()
+            answer = accepting(request, choose(request))
+        except HandshakeFailed as failed:
+            upgrade.refuse(failed)
+            await end_gently(stream, min(LINGER, close_timeout))
+            raise
+        finally:
+            del upgrading[upgrade]
         async with trio.open_nursery() as nursery:
             ws = ServerWebSocket(
                 stream,
                 nursery,
+                request,
+                upgrade.rest,
+                connected_at=connected_at,
                 max_message_bytes=max_message_bytes,
                 max_queued_frames=max_queued_frames,
-                handshake_timeout=handshake_timeout,
             )
-            await ws._read_request({} if upgrading is None else upgrading)
-            requested = True
-            yield ws
-            await ws._finish(close_timeout)
-            nursery.cancel_scope.cancel()
-    except ExceptionGroup as group:
-        if requested or ws is None:
-            raise
-        failed = failure_in(group)
-        if not ws._answered:
-            answer_in_http(stream, failed)
-        await end_gently(stream, min(LINGER, close_timeout))
-        raise failed from None
+            try:
+                ws._enqueue(answer)
+                yield ws
+                await ws._finish(close_timeout)
+                nursery.cancel_scope.cancel()
+            finally:
+                # A circle with whoever was called: without it both leave memory now, and not when the collector comes.
+                ws.on_unblocked, ws.on_late = _nothing, _ignore
     finally:
-        if ws is not None:
-            # A circle with whoever was called: without it both leave memory now, and not when the collector comes by.
-            ws.on_unblocked, ws.on_late = _nothing, _ignore
         await stream.aclose()

@@ -50,7 +50,6 @@ def test_no_case_is_missing() -> None:
 async def echo(stream: ByteStream) -> None:
     """What the suite wants to talk to."""
     async with open_server_websocket(stream, max_message_bytes=32 * 1024 * 1024, close_timeout=60) as ws:
-        await ws.accept()
         unblocked = trio.lowlevel.ParkingLot()
         ws.on_unblocked = unblocked.unpark_all
         try:
