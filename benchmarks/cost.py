@@ -49,7 +49,7 @@ CEILINGS = Path(__file__).parent / "cost.toml"
 SLACK = 0.05
 """How far above its ceiling a count may be: a release of trio moves it that much, a call per delta moves it more."""
 
-PACKAGES = ("trio", "trio-websocket", "attrs", "orjson", "structlog")
+PACKAGES = ("trio", "h11", "attrs", "orjson", "structlog")
 
 Cost = dict[str, float]
 
@@ -112,20 +112,19 @@ class Client:
         near, far = memory_pair(capacity=1 << 30)
         gateway.serve(far)
         self = cls(near)
-        key = base64.b64encode(bytes(16)).decode()
-        near.send_nowait(
-            b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %s\r\n\r\n" % key.encode()
-        )
+        self.say(UPGRADE)
         await settle()
+        self.say(hello(session))
+        await settle()
+        await self.joined()
+        return self
+
+    async def joined(self) -> None:
+        """Read what answers the upgrade and the hello."""
         await self._read()
         del self._buffer[: self._buffer.index(b"\r\n\r\n") + 4]
-        hello = {"type": "hello", "protocol_min": 2, "protocol_max": 2, "agent_id": "bench", "session_id": session}
-        self.say(frame(hello))
-        await settle()
         (welcome,) = [one for one in await self.heard() if one["type"] == "hello_ok"]
         self.covered.cursor = welcome["cursor"]
-        return self
 
     def say(self, data: bytes) -> None:
         self._stream.send_nowait(data)
@@ -157,6 +156,18 @@ def frame(value: dict[str, Any]) -> bytes:
     size = len(data)
     head = bytes((0x81, 0x80 | size)) if size < 126 else b"\x81\xfe" + size.to_bytes(2, "big")
     return head + bytes(4) + data
+
+
+UPGRADE = (
+    b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n" % base64.b64encode(bytes(16))
+)
+
+
+def hello(session: str) -> bytes:
+    """It names a session, which is made if there is none."""
+    versions = {"protocol_min": 2, "protocol_max": 2}
+    return frame({"type": "hello", **versions, "agent_id": "bench", "session_id": session})
 
 
 def message(content: str, number: int) -> bytes:
@@ -277,12 +288,37 @@ async def turn(rig: Rig) -> int:
     return times * len(them)
 
 
+async def connect(rig: Rig) -> int:
+    """From a new line to `hello_ok`, each with a session of its own; per connection."""
+    count = 50
+    for counted in (False, True):
+        lines = [memory_pair(capacity=1 << 30) for _ in range(count)]
+        them = [Client(near) for near, _ in lines]
+        hellos = [hello(f"s{counted}{number}") for number in range(count)]
+        if counted:
+            rig.meter.start()
+        for _, far in lines:
+            rig.gateway.serve(far)
+        for one in them:
+            one.say(UPGRADE)
+        await settle()
+        for one, data in zip(them, hellos, strict=True):
+            one.say(data)
+        await settle()
+        if counted:
+            rig.meter.stop()
+        for one in them:
+            await one.joined()
+    return count
+
+
 LOOPS: dict[str, tuple[str, Callable[[Rig], Awaitable[int]]]] = {
     "stream": ("delta", stream),
     "bulk": ("delta", bulk),
     "fan_out": ("delivery", fan_out),
     "ping": ("round trip", ping),
     "turn": ("turn", turn),
+    "connect": ("connection", connect),
 }
 """Name → what it is counted per, and the loop."""
 
@@ -321,7 +357,7 @@ def measure(name: str) -> Measured:
                 number += 1
             return None
 
-        config = Config(limits=Limits(heartbeat_ms=3_600_000))
+        config = Config(limits=Limits(heartbeat_ms=3_600_000, max_pending_handshakes_per_peer=100))
         async with open_gateway(config, {"bench": agent}, sources=sources, listen=False) as gateway:
             units = await LOOPS[name][1](Rig(gateway, meter, send))
             send.close()
