@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
+from wsproto import ConnectionType
+from wsproto.events import Request
+from wsproto.handshake import H11Handshake
 
 from gateway.errors import ConnectionLost, FrameError, HandshakeRefused
 from gateway.protocol import codec, handshake
@@ -18,8 +22,8 @@ from gateway.protocol import messages as m
 from gateway.protocol.praison import Praison
 from gateway.testing.vectors import load
 from gateway.testing.wire import Closed, MessageReader, Received, fragments, frame
-from gateway.transport.memory import memory_pair
-from gateway.transport.websocket import Phase, ServerWebSocket
+from gateway.transport.upgrade import HandshakeFailed, UpgradeRequest, accepting, parse_request
+from gateway.transport.websocket import ServerWebSocket
 
 Target = Callable[[bytes], None]
 
@@ -83,6 +87,23 @@ def praison(data: bytes) -> None:
                 assert list(codec.iter_client(codec.encode_frame(read))) == [read]
 
 
+def upgrade(data: bytes) -> None:
+    """What comes before the first frame. What is taken here, wsproto takes as well."""
+    try:
+        read = parse_request(data)
+    except HandshakeFailed:
+        return
+    said = [read.target.encode("ascii"), *read.headers.values(), read.path.encode(), read.query.encode()]
+    assert not any(b"\r" in value or b"\n" in value for value in said)
+    assert accepting(read, None).count(b"\r\n\r\n") == 1
+    library = H11Handshake(ConnectionType.SERVER)
+    with suppress(UnicodeError):  # it minds a Host that is no valid international name
+        library.receive_data(data)
+        (request,) = library.events()
+        assert isinstance(request, Request)
+        assert request.target == read.target
+
+
 # --- the frame splitter ---
 
 MAX_INPUT = 4096
@@ -124,10 +145,15 @@ def split(data: bytes) -> tuple[list[bytes], int | None, bool]:
     """
     size = (data[0] if data else 0) or MAX_INPUT
     rest = data[1:MAX_INPUT]
-    ours, _ = memory_pair()
-    ws = ServerWebSocket(ours, _NO_TASKS, max_message_bytes=2 * MAX_INPUT, max_queued_frames=8, handshake_timeout=1)
-    ws._stream = _Chunks([rest[at : at + size] for at in range(0, len(rest), size)])  # type: ignore[assignment]
-    ws.phase = Phase.OPEN
+    ws = ServerWebSocket(
+        _Chunks([rest[at : at + size] for at in range(0, len(rest), size)]),  # type: ignore[arg-type]
+        _NO_TASKS,
+        UpgradeRequest("/ws", {}),
+        bytearray(),
+        connected_at=trio.current_time(),
+        max_message_bytes=2 * MAX_INPUT,
+        max_queued_frames=8,
+    )
     messages: list[bytes] = []
     try:
         while True:
@@ -164,7 +190,7 @@ def splitter(data: bytes) -> None:
 
 TARGETS: dict[str, Target] = {
     "client": client, "hello": hello, "server": server, "event": event, "praison": praison,
-    "splitter": splitter
+    "upgrade": upgrade, "splitter": splitter
 }  # fmt: skip
 
 
@@ -223,6 +249,15 @@ def seeds(target: str) -> list[bytes]:
         ]
         return [bytes((size,)) + item for item in odd for size in (0, 1, 7)] + [
             b"\0" + frame(1, text) for text in texts
+        ]
+    if target == "upgrade":
+        lines = [b"Host: a", b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13"]
+        lines += [b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
+        more = [b"Origin: https://a", b"Sec-WebSocket-Protocol: trio-gateway, bearer.x", b"Authorization: Bearer x"]
+        return [
+            b"\r\n".join([first, *lines, *extra, b"", b""])
+            for first in (b"GET /ws HTTP/1.1", b"GET /ws?token=a HTTP/1.1")
+            for extra in ([], more[:1], more)
         ]
     chosen = expected if target in ("server", "event") else sent
     return [text.encode() for text in chosen]

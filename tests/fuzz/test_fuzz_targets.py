@@ -8,11 +8,13 @@ import pytest
 from fuzz_targets import TARGETS, in_trio, seeds, split
 
 from gateway.testing.wire import frame
+from gateway.transport.upgrade import HandshakeFailed, parse_request
 
 TOKENS = [
     b"null", b"true", b"1e999", b"-0", b"18446744073709551616", b"\xff", b"\\ud800", b"{", b"[", b"]", b"}", b'"', b":",
     b",", b'"type"', b'"seq"', b'"request_id"', b'"turn_id"', b'"delta"', b'"message"', b'"hello"', b"\x81\x80",
     b"\x01\xfe", b"\x00\x80", b"\x88\x82", b"\x89\x80", b"\x81\xff",
+    b"\r\n", b"\n", b" \t", b"Upgrade", b"Content-Length: 5", b"Transfer-Encoding: chunked", b"HTTP/1.0",
 ]  # fmt: skip
 
 
@@ -55,6 +57,19 @@ async def test_only_typed_errors_escape(name: str) -> None:
                 raise AssertionError(f"input {number} of {name}: {data!r}") from exc
 
     await in_trio(run)
+
+
+def test_some_mutated_upgrade_requests_are_taken_and_some_are_not() -> None:
+    """Or the target would look at nothing but refusals."""
+    corpus, chance = seeds("upgrade"), random.Random(1)
+    taken = 0
+    for _ in range(500):
+        try:
+            parse_request(mutated(chance, corpus))
+        except HandshakeFailed:
+            continue
+        taken += 1
+    assert 10 < taken < 490
 
 
 async def test_the_splitter_is_really_run() -> None:
