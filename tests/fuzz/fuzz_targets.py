@@ -97,8 +97,10 @@ def upgrade(data: bytes) -> None:
     assert not any(b"\r" in value or b"\n" in value for value in said)
     assert accepting(read, None).count(b"\r\n\r\n") == 1
     library = H11Handshake(ConnectionType.SERVER)
+    # Of a header that comes twice wsproto sees the last; here the values were joined, as RFC 9110 section 5.2 has it.
+    lines = [name + b": " + value for name, value in read.headers.items()]
     with suppress(UnicodeError):  # it minds a Host that is no valid international name
-        library.receive_data(data)
+        library.receive_data(b"\r\n".join([b"GET %b HTTP/1.1" % read.target.encode(), *lines, b"", b""]))
         (request,) = library.events()
         assert isinstance(request, Request)
         assert request.target == read.target
