@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import socket
 from functools import partial
 from typing import Any, cast
@@ -36,6 +37,8 @@ GRACE_SECONDS = 1.0
 
 MAX_CONNECTIONS = 128
 """Supervisors, load balancers and a few people; the process's files are for those who talk to agents."""
+
+_RETURN_ALONE = re.compile(rb"\r[^\n]")
 
 _log = structlog.get_logger(__name__)
 
@@ -129,6 +132,7 @@ class _Stream:
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
+        self._tail = b""
         self.socket = stream.socket
         self.scope = trio.CancelScope()
 
@@ -136,6 +140,11 @@ class _Stream:
         data: bytes | bytearray = b""
         with trio.move_on_after(SILENT_SECONDS):
             data = await self._stream.receive_some(max_bytes)
+        # After a carriage return alone h11 looks for the end of a header in every possible way: for half a second, in a
+        # head of 16 KiB, and everybody waits. No request of HTTP/1.1 has one.
+        if _RETURN_ALONE.search(self._tail + data):
+            data = b""
+        self._tail = data[-1:]
         if not data:
             self.scope.deadline = min(self.scope.deadline, trio.current_time() + SILENT_SECONDS)
         return bytes(data)

@@ -118,7 +118,7 @@ class Gateway:
         self._serving = 0
         self._connected = 0
         self.upgrading: dict[Upgrade, None] = {}
-        """Sockets without a WebSocket yet, by the task that serves them: a drain does not wait for their requests."""
+        """The requests of sockets without a WebSocket yet: a drain does not wait for them."""
         self._listeners: list[trio.SocketListener] = []
         self._address: tuple[str, int] | None = None
         self.progress = trio.lowlevel.ParkingLot()

@@ -25,16 +25,15 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 
-_ANSWER = (
-    b"HTTP/1.1 %b\r\n%bContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
-)
+_ANSWER = b"HTTP/1.1 %b\r\nConnection: %b\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n%b"
 
 
 class HandshakeFailed(TransportError):
     """The upgrade request was refused or never completed; the peer got an HTTP answer where one was possible."""
 
     status = b"400 Bad Request"
-    headers = b""
+    connection = b"close"
+    """The answer's ``Connection`` header, and any that follow it."""
 
 
 class NoRequest(HandshakeFailed):
@@ -47,7 +46,7 @@ class OtherVersion(HandshakeFailed):
     """It is of another version of the protocol."""
 
     status = b"426 Upgrade Required"
-    headers = b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    connection = b"Upgrade, close\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13"
 
 
 class Stopping(HandshakeFailed):
@@ -60,7 +59,7 @@ class TooMany(HandshakeFailed):
     """No room for it now."""
 
     status = b"503 Service Unavailable"
-    headers = b"Retry-After: 1\r\n"
+    connection = b"close\r\nRetry-After: 1"
 
 
 class NoWebSocketHere(HandshakeFailed):
@@ -111,15 +110,18 @@ def parse_request(head: bytes) -> UpgradeRequest:
         raise HandshakeFailed("the request's head must be printable ASCII")
     if not head.startswith(b"GET "):
         raise HandshakeFailed("expected a GET request with Upgrade: websocket")
-    if head.count(b"\n") != head.count(b"\r\n"):
-        # h11 would take them, and see another end of the head than we do.
+    if not head.count(b"\r") == head.count(b"\n") == head.count(b"\r\n"):
+        # h11 would take a line feed alone, and see another end of the head than we do. After a carriage return alone it
+        # looks for the end of the header in every possible way: for half a second, in a head of 16 KiB.
         raise HandshakeFailed("the request's lines must end with CR LF")
-    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+    parser = h11.Connection(h11.SERVER)
     try:
         parser.receive_data(head)
         event = parser.next_event()
     except h11.RemoteProtocolError as exc:
-        raise HandshakeFailed(f"malformed request: {exc}") from None
+        exc.__traceback__ = None  # a circle through h11's frames would keep the head until the collector comes
+        # What it says quotes the line, and a token may be in it.
+        raise HandshakeFailed("malformed request: a line of it is not HTTP") from None
     if not isinstance(event, h11.Request):
         raise HandshakeFailed("malformed request: it has no end")
     headers: dict[bytes, bytes] = {}
@@ -134,14 +136,14 @@ def _check(http_version: bytes, request: UpgradeRequest) -> None:
     """What RFC 6455 section 4.2.1 asks of a request, beside its Host, for which h11 has looked."""
     wanted = "expected a WebSocket upgrade request (RFC 6455 section 4.2.1)"
     headers = request.headers
-    if http_version != b"1.1":
+    if http_version < b"1.1":
         raise HandshakeFailed(f"{wanted}: it must be of HTTP/1.1")
     if headers.get(b"upgrade", b"").lower() != b"websocket":
         raise HandshakeFailed(f"{wanted}: its Upgrade header must be 'websocket'")
     if "upgrade" not in (token.lower() for token in request.tokens(b"connection")):
         raise HandshakeFailed(f"{wanted}: its Connection header must have 'Upgrade'")
-    if not headers.get(b"sec-websocket-key"):
-        raise HandshakeFailed(f"{wanted}: it must have a Sec-WebSocket-Key")
+    if b"," in (key := headers.get(b"sec-websocket-key", b"")) or not key:
+        raise HandshakeFailed(f"{wanted}: it must have one Sec-WebSocket-Key")
     if not headers.get(b"sec-websocket-version"):
         raise HandshakeFailed(f"{wanted}: it must have a Sec-WebSocket-Version")
     if headers[b"sec-websocket-version"] != b"13":
@@ -161,7 +163,7 @@ def accepting(request: UpgradeRequest, subprotocol: str | None) -> bytes:
 def refusing(failed: HandshakeFailed) -> bytes:
     """The answer that says why not."""
     body = f"{failed}\n".encode()
-    return _ANSWER % (failed.status, failed.headers, len(body), body)
+    return _ANSWER % (failed.status, failed.connection, len(body), body)
 
 
 class Upgrade:
@@ -177,7 +179,7 @@ class Upgrade:
     def __init__(self, stream: ByteStream, deadline: float) -> None:
         self._stream = stream
         self._scope = trio.CancelScope(deadline=deadline)
-        self._refused: HandshakeFailed = NoRequest("no upgrade request within the time limit")
+        self._refused: HandshakeFailed | None = None
         self.rest = bytearray()
 
     async def read(self) -> UpgradeRequest:
@@ -188,7 +190,7 @@ class Upgrade:
         """
         with self._scope:
             return parse_request(await self._receive_head())
-        raise self._refused
+        raise self._refused or NoRequest("no upgrade request within the time limit")
 
     def stop(self, why: HandshakeFailed) -> None:
         """Have `read` raise this. Nothing happens when the request was read."""

@@ -511,7 +511,7 @@ async def open_server_websocket(
         upgrading: holds the request while it is being read; whoever stops it there ends this with what they say.
 
     Raises:
-        HandshakeFailed: no usable upgrade request came within `handshake_timeout` seconds.
+        HandshakeFailed: no usable upgrade request came within `handshake_timeout` seconds, or `choose` refused it.
     """
     connected_at = trio.current_time()
     upgrade = Upgrade(stream, connected_at + handshake_timeout)
@@ -539,6 +539,8 @@ async def open_server_websocket(
             )
             try:
                 ws._enqueue(answer)
+                # What is only ours to keep while this waits: a head of up to 16 KiB, with its cookies and tokens.
+                del upgrade, request, answer
                 yield ws
                 await ws._finish(close_timeout)
                 nursery.cancel_scope.cancel()

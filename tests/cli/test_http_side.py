@@ -209,6 +209,23 @@ async def test_a_request_that_makes_hypercorn_raise_ends_its_own_connection(
             await ask(other)
 
 
+async def test_a_carriage_return_alone_ends_its_connection() -> None:
+    async with side() as http:
+        assert await http.raw(HEAD + b"X: a\rb\r\n\r\n") == b"", "it was parsed"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "heard"), [(b"X: a\r", b"b", b""), (b"X: a\r", b"\nb", b"\nb"), (b"a\r\n", b"\nb", b"\nb")]
+)
+async def test_a_carriage_return_at_the_end_of_a_read(first: bytes, second: bytes, heard: bytes) -> None:
+    ours, theirs = trio.socket.socketpair()
+    with ours, theirs:
+        stream = serving._Stream(trio.SocketStream(ours))
+        for said, expected in ((first, first), (second, heard)):
+            await theirs.send(said)
+            assert await stream.receive_some() == expected
+
+
 @given(st.data())
 @settings(max_examples=25, deadline=None)
 def test_hostile_bytes_end_nothing(data: st.DataObject) -> None:

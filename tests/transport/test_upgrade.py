@@ -135,4 +135,4 @@ def test_another_version_is_told_ours() -> None:
         parse_request(head_of([*REQUIRED[:4], (b"Sec-WebSocket-Version", b"8")]))
     first, lines = lines_of(refusing(caught.value))
     assert first == b"http/1.1 426 upgrade required"
-    assert {b"sec-websocket-version: 13", b"upgrade: websocket"} <= lines
+    assert {b"sec-websocket-version: 13", b"upgrade: websocket", b"connection: upgrade, close"} <= lines

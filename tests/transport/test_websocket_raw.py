@@ -1,9 +1,11 @@
 """A real gateway and raw sockets: what a peer may do to the upgrade request, to frames, to control frames and to the
-end of a connection. Each hazard of trio-websocket that the transport keeps from us has its test here."""
+end of a connection. Each hazard of trio-websocket that was seen has its test here."""
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ from raw_peer import (
 
 from gateway import Turn
 from gateway.server import Gateway
+from gateway.transport.upgrade import HandshakeFailed, parse_request
 
 
 async def works(gateway: Gateway) -> None:
@@ -79,6 +82,8 @@ def without(line: bytes, instead: bytes = b"") -> bytes:
         pytest.param(REQUEST[:-2] + b"X: " + b"a" * 17_000 + b"\r\n\r\n", 400, id="giant head"),
         pytest.param(b"GET /ws HTTP/1.1\r\n" + b"X: y\r\n" * 20_000, 400, id="giant head without an end"),
         pytest.param(REQUEST.replace(b"Host: gateway.test\r\n", b"X: y\nHost: a\r\n"), 400, id="bare line feed"),
+        pytest.param(without(b"Host", b"Host: a\r\nX: a\rb"), 400, id="bare carriage return"),
+        pytest.param(without(b"Host", b"Host: a\r\nSec-WebSocket-Key: x"), 400, id="two keys"),
     ],
 )
 async def test_a_bad_request_gets_an_http_answer_and_ends_nothing_else(request_bytes: bytes, status: int) -> None:
@@ -95,6 +100,42 @@ async def test_a_bad_request_gets_an_http_answer_and_ends_nothing_else(request_b
             elif status == 426:
                 assert b"version 13" in body
         await works(gateway)
+        assert not gateway.upgrading
+
+
+@pytest.mark.parametrize(
+    "line", [b"GET /ws?token=s3cret  HTTP/1.1\r\n", b"GET /ws HTTP/1.1\r\nAuthorization : Bearer s3cret\r\n"]
+)
+async def test_a_malformed_line_is_not_quoted(line: bytes) -> None:
+    """A token may be in it, and an answer may be logged."""
+    async with gateway_of() as gateway, raw(gateway) as peer:
+        await peer.send(line + b"Host: a\r\n\r\n")
+        assert await peer.http() == (400, b"malformed request: a line of it is not HTTP\n")
+
+
+def test_a_carriage_return_alone_is_not_given_to_h11() -> None:
+    """Its expression for a header tries every end of a run of spaces then: half a second, for 15 KB of them."""
+    with pytest.raises(HandshakeFailed, match="must end with CR LF"):
+        parse_request(without(b"Host", b"Host: a\r\nX:" + b" " * 15_000 + b"\ra"))
+
+
+async def test_the_request_leaves_memory_when_the_client_has_joined() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        async with gateway_of() as gateway, raw(gateway) as peer:
+            await peer.send(REQUEST)
+            assert (await peer.http())[0] == 101
+            (connection,) = gateway.connections
+            request = weakref.ref(connection._ws.request)
+            assert request() is not None
+            await peer.send(text(**HELLO))
+            await peer.until("hello_ok")
+            assert request() is None
+            await peer.send(text(type="ping", nonce="n"))
+            assert (await peer.until("pong"))["nonce"] == "n"
+    finally:
+        gc.enable()
 
 
 async def test_the_path_may_have_a_query_and_headers_any_case() -> None:
