@@ -137,9 +137,9 @@ class _Stream:
         self.scope = trio.CancelScope()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        data: bytes | bytearray = b""
+        data = b""
         with trio.move_on_after(SILENT_SECONDS):
-            data = await self._stream.receive_some(max_bytes)
+            data = bytes(await self._stream.receive_some(max_bytes))
         # After a carriage return alone h11 looks for the end of a header in every possible way: for half a second, in a
         # head of 16 KiB, and everybody waits. No request of HTTP/1.1 has one.
         if _RETURN_ALONE.search(self._tail + data):
@@ -147,7 +147,7 @@ class _Stream:
         self._tail = data[-1:]
         if not data:
             self.scope.deadline = min(self.scope.deadline, trio.current_time() + SILENT_SECONDS)
-        return bytes(data)
+        return data
 
     async def send_all(self, data: bytes) -> None:
         # hypercorn calls it under a shield: this deadline, or `drop`, is what ends it.
