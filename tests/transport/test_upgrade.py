@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+
+import h11
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -10,7 +13,15 @@ from wsproto.events import AcceptConnection, Request
 from wsproto.handshake import H11Handshake
 from wsproto.utilities import RemoteProtocolError
 
-from gateway.transport.upgrade import HandshakeFailed, OtherVersion, UpgradeRequest, accepting, parse_request, refusing
+from gateway.transport.upgrade import (
+    HandshakeFailed,
+    OtherVersion,
+    TooMany,
+    UpgradeRequest,
+    accepting,
+    parse_request,
+    refusing,
+)
 
 REQUIRED = [
     (b"Host", b"gateway.test"),
@@ -133,9 +144,26 @@ def test_any_bytes_are_a_request_or_are_refused(head: bytes) -> None:
         parse_request(head)
 
 
+def test_a_malformed_request_leaves_memory_without_the_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(HandshakeFailed, match="not HTTP"):
+            parse_request(head_of([*REQUIRED, (b"X ", b"a space before the colon")]))
+        assert not any(isinstance(one, h11.Connection) for one in gc.get_objects())
+    finally:
+        gc.enable()
+
+
 def test_another_version_is_told_ours() -> None:
     with pytest.raises(OtherVersion) as caught:
         parse_request(head_of([*REQUIRED[:4], (b"Sec-WebSocket-Version", b"8")]))
     first, lines = lines_of(refusing(caught.value))
     assert first == b"http/1.1 426 upgrade required"
     assert {b"sec-websocket-version: 13", b"upgrade: websocket", b"connection: upgrade, close"} <= lines
+
+
+def test_who_is_one_too_many_is_told_when_to_come_back() -> None:
+    first, lines = lines_of(refusing(TooMany("later")).partition(b"later")[0])
+    assert first == b"http/1.1 503 service unavailable"
+    assert b"retry-after: 1" in lines
