@@ -11,16 +11,18 @@ The adaptive gap: while many sessions stream, waiting a little between passes le
 more. The gap is three times what the last pass took, at most 16 ms; below 0.5 ms there is none. A pass that served one
 log to many connections gains nothing from waiting, so there is no gap after it: it goes by the number of logs that were
 read. What is *urgent* does not wait for the gap's end: replies, the engine's own events, and the first delta after a
-silence are visited in the next scheduler pass, alone. An input, and what was stored, is published by whoever brings it,
-in the same step (`publish`); only the writing to connections is left to the next pass. A pass that takes long stops
-every 0.3 ms for what is urgent and for all other tasks: who asks now does not wait until a hundred answers have been
-written.
+silence are visited in the next scheduler pass, alone. An input is published by whoever brings it, in the same step
+(`publish`); only the writing to connections is left to the next pass, where a reply shares the system call with what
+follows it. What was stored, and what a turn says first, is written in the same step too (`deliver`): somebody waits for
+it, and while a hundred agents stream each scheduler pass takes milliseconds. A pass that takes long stops every 0.3 ms
+for what is urgent and for all other tasks: who asks now does not wait until a hundred answers have been written.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Protocol
 
 import trio
@@ -39,12 +41,13 @@ SLICE = 0.0003
 SILENCE = 0.1
 """Seconds without a visit after which a publisher's next delta is a beginning, which somebody waits for."""
 
-SOON, NOW = 1, 2
+SOON, NOW, HERE = 1, 2, 3
 
 
 class Flushable(Protocol):
     dirty: int
-    """0, or when it was asked to be visited: `SOON` (after the gap) or `NOW`."""
+    """0, or when it was asked to be visited: `SOON` (after the gap), `NOW` (in the next scheduler pass) or `HERE` (in
+    this step)."""
     visited_at: float
     """When it was last visited, in seconds of the flusher's timer."""
 
@@ -73,8 +76,10 @@ class Flusher:
         self._timer = timer
         self._soon = _Round()
         self._now = _Round()
-        self._hurried = False
-        """Whether what is shown now is urgent."""
+        self._here: list[Flushable] = []
+        self._when = SOON
+        """When what is shown in this step is written."""
+        self._context = copy_context()
         self._idle = False
         self._work = trio.lowlevel.ParkingLot()
         self._framed: tuple[Chunk, bytes] | None = None
@@ -82,9 +87,12 @@ class Flusher:
 
     def mark(self, connection: Flushable, *, urgent: bool = False) -> None:
         """Have a connection visited. Never waits."""
-        when = NOW if urgent or self._hurried else SOON
+        when = NOW if urgent and self._when is SOON else self._when
         if connection.dirty < when:
             connection.dirty = when
+            if when is HERE:
+                self._here.append(connection)
+                return
             (self._now if when is NOW else self._soon).connections.append(connection)
             if when is NOW or self._idle:
                 self._work.unpark()
@@ -100,9 +108,23 @@ class Flusher:
 
     def publish(self, publisher: Flushable) -> None:
         """Visit a publisher in this step. What it shows is urgent: the next scheduler pass writes it."""
-        hurried, self._hurried = self._hurried, True
+        before, self._when = self._when, NOW
         self._visit(publisher, self._timer())
-        self._hurried = hurried
+        self._when = before
+
+    def deliver(self, publisher: Flushable) -> None:
+        """Visit a publisher, and then whoever it has shown something, in this step."""
+        # It may be an agent that calls: the tasks that a visit starts are not to see its context variables.
+        self._context.run(self._deliver, publisher, self._timer())
+
+    def _deliver(self, publisher: Flushable, now: float) -> None:
+        before, self._when = self._when, HERE
+        self._visit(publisher, now)
+        self._when = before
+        shown, self._here = self._here, []
+        for connection in shown:
+            self._visit(connection, now)
+        self._framed = None
 
     def frames(self, chunk: Chunk) -> bytes:
         """A chunk as WebSocket frames; the many readers of one log share the bytes."""
@@ -140,8 +162,10 @@ class Flusher:
         soon, self._soon = self._soon, _Round()
         taken = 0.0
         started = now = timer()
-        for visit, batch in ((self._publish, soon.publishers), (self._visit, soon.connections)):
+        for visit, batch in ((self._deliver, soon.publishers), (self._visit, soon.connections)):
             for one in batch:
+                if not one.dirty:
+                    continue  # visited since
                 visit(one, now)
                 now = timer()
                 if now - started >= SLICE:
@@ -155,23 +179,13 @@ class Flusher:
     def _serve_urgent(self) -> None:
         round_, self._now = self._now, _Round()
         now = self._timer()
-        self._hurried = True
         for publisher in round_.publishers:
-            if publisher.dirty:  # else it was asked to `publish` since
-                self._visit(publisher, now)
-        self._hurried = False
-        shown, self._now.connections = self._now.connections, []
-        for connection in (*round_.connections, *shown):
-            self._visit(connection, now)
+            if publisher.dirty:  # else it was visited since
+                self._deliver(publisher, now)
+        for connection in round_.connections:
+            if connection.dirty:
+                self._visit(connection, now)
         self._framed = None
-
-    def _publish(self, publisher: Flushable, now: float) -> None:
-        """Visit a publisher, and then whoever it has shown something, while that is at hand."""
-        later, self._soon.connections = self._soon.connections, []
-        self._visit(publisher, now)
-        shown, self._soon.connections = self._soon.connections, later
-        for connection in shown:
-            self._visit(connection, now)
 
     def _visit(self, one: Flushable, now: float) -> None:
         one.dirty = 0

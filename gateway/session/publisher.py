@@ -12,10 +12,11 @@ one batch, and when they are stored makes all of them visible in one step withou
 to whoever waits for them, to the readers.
 
 What is written does not wake a task. It marks the publisher as dirty, and the gateway's flusher calls `flush` in its
-next pass, just before it visits the readers: while many sessions stream, one pass takes several deltas of each. An
-input does not wait for that: it goes to the store in the step that accepts it. A batch that the store takes its time
-for is handed to it, and shown in the step in which it hears that it was stored; only one is on its way at a time. The
-task is for stores that have to be waited for, and for those that fail.
+next pass, just before it visits the readers: while many sessions stream, one pass takes several deltas of each. What
+somebody waits for does not wait for that: an input goes to the store in the step that accepts it, and what a turn says
+first goes to the readers in the step that says it. A batch that the store takes its time for is handed to it, and goes
+to the readers in the step in which it hears that it was stored; only one is on its way at a time. The task is for
+stores that have to be waited for, and for those that fail.
 
     stored BEFORE visible: a client, or another task, never sees a durable event that a crash could take back
     volatile events flow at once, but never before an earlier durable one
@@ -156,7 +157,10 @@ class Pacer(Protocol):
         """Have `Publisher.flush` called soon, or with the next pass of the scheduler."""
 
     def publish(self, publisher: Publisher) -> None:
-        """Call `Publisher.flush` in this step."""
+        """Call `Publisher.flush` in this step; readers are written to in the next pass of the scheduler."""
+
+    def deliver(self, publisher: Publisher) -> None:
+        """Call `Publisher.flush`, and write to the readers, in this step."""
 
 
 class Publisher:
@@ -202,6 +206,8 @@ class Publisher:
         # Capacity: `max_outbox`. More would only delay the moment at which a fast agent is told to wait.
         self.outbox, self._outgoing = trio.open_memory_channel[Event | Text](limits.max_outbox)
         self._turn_id: str | None = None
+        self._spoken = False
+        """Whether something of the turn's agent was delivered at once; what follows may come together."""
         self._tails: dict[str, _Tail] = {}
         self._unsealed = 0
         """JSON bytes of all tails. They are in every snapshot, beside the state, the asks and the queue."""
@@ -252,8 +258,12 @@ class Publisher:
         if self._pacer is None:
             self._work.unpark()
         elif not self.dirty:
-            # The first text of a turn is what its reader waits for; later ones may come together.
-            self._pacer.mark_publisher(self, urgent=self._silent)
+            if not self._spoken and not self._working:
+                # What its reader waits for. A pass of the scheduler later is a millisecond or two when others stream.
+                self._spoken = True
+                self._pacer.deliver(self)
+            else:
+                self._pacer.mark_publisher(self, urgent=self._silent)
 
     @property
     def _silent(self) -> bool:
@@ -263,6 +273,7 @@ class Publisher:
     def open_turn(self, turn_id: str, asks: Iterable[str] = ()) -> None:
         """Take events of this turn from now on, as its `TurnStarted` does; events of any other turn are dropped."""
         self._turn_id = turn_id
+        self._spoken = False
         self._asks = dict.fromkeys(asks)
         self._tails = {}
         self._unsealed = 0
@@ -339,7 +350,7 @@ class Publisher:
         assert self._handed is not None
         if error is None:
             self._stored_it = True
-            self._pacer.publish(self)
+            self._pacer.deliver(self)
         else:
             batch, self._handed = self._handed[0], None
             self._give_to_task(batch, error)

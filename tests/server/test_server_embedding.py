@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,7 +18,9 @@ from gateway import Config, Server, open_gateway
 from gateway.errors import BindError, ConfigError, GatewayError
 from gateway.server import Gateway
 from gateway.server.connection import Connection
-from gateway.session import Session
+from gateway.session import Session, Turn
+from gateway.store import MemoryStore, Store
+from gateway.store.sqlite import SqliteStore
 
 
 async def in_memory(gateway: Gateway, **fields: Any) -> Plain:
@@ -307,3 +311,50 @@ async def test_a_client_in_the_same_program_over_tcp() -> None:
         await client.until("hello_ok")
         await client.close()
         await eventually(lambda: gateway.statistics().connections == 0)
+
+
+STORES: dict[str, Callable[[Path], Store]] = {
+    "memory": lambda _: MemoryStore(),
+    "sqlite": lambda folder: SqliteStore(folder / "sessions.sqlite"),
+}
+
+
+@pytest.mark.parametrize("store", STORES)
+async def test_what_a_turn_says_first_is_written_in_the_step_that_says_it(store: str, tmp_path: Path) -> None:
+    """Not a pass of the scheduler later: that is milliseconds when others stream. What follows may come together."""
+    shown: list[str] = []
+
+    async def agent(turn: Turn) -> None:
+        (connection,) = gateway.joined
+        session = connection._session
+        assert session is not None
+        for word in ("one", "two"):
+            await turn.send(word)
+            assert connection.cursor == session.log.head
+            assert session.view.turn is not None
+            shown.append("".join(session.view.turn.tails["answer"]))
+
+    async with gateway_of(agent, listen=False, store=STORES[store](tmp_path)) as gateway:
+        client = await in_memory(gateway)
+        for _ in range(2):
+            await client.message("hi")
+            await client.until("turn_ended")
+    assert shown == ["one", "one"] * 2
+
+
+async def test_what_was_stored_is_written_in_the_step_that_hears_of_it(tmp_path: Path) -> None:
+    behind: list[int] = []
+
+    class Watched(SqliteStore):
+        def _finish(self, group: list[Any]) -> None:
+            super()._finish(group)
+            for connection in gateway.joined:
+                assert connection._session is not None
+                behind.append(connection._session.log.head - connection.cursor)
+
+    async with gateway_of(listen=False, store=Watched(tmp_path / "sessions.sqlite")) as gateway:
+        client = await in_memory(gateway)
+        await client.message("hi")
+        ended = await client.until("turn_ended")
+        assert ended["seq"] > 0
+    assert behind[:2] == [0, 0], "the input with the start of its turn, and the end of it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import trio
 import trio.testing
 
 from gateway.protocol.log import Chunk
-from gateway.server.flusher import GAP_MOST, NOW, SLICE, Flusher
+from gateway.server.flusher import GAP_MOST, HERE, SLICE, SOON, Flusher
 
 BUSY = 2 * GAP_MOST
 """Seconds that a visit takes in these tests, so that there is a gap after the pass."""
@@ -114,7 +115,7 @@ async def test_publishing_in_the_middle_of_an_urgent_round_leaves_it_urgent(stag
     def outer_does() -> None:
         stage.flusher.publish(inner)
         stage.flusher.mark(reader)
-        assert reader.dirty == NOW
+        assert reader.dirty == HERE
 
     outer = stage.one("outer", outer_does)
     stage.flusher.mark_publisher(outer, urgent=True)
@@ -148,4 +149,76 @@ async def test_one_that_fails_is_told_and_the_others_are_served(stage: Stage, nu
     nursery.start_soon(stage.flusher.run)
     await settle()
     assert stage.seen() == ["worse", "worse crashed", "bad", "bad crashed", "good"]
-    assert not stage.flusher._hurried
+    assert stage.flusher._when is SOON
+
+
+async def test_what_is_delivered_is_written_in_the_same_step_and_wakes_nobody(stage: Stage, nursery: Any) -> None:
+    reader, waiting = stage.one("reader"), stage.one("waiting")
+    publisher = stage.one("publisher", lambda: stage.flusher.mark(reader))
+    nursery.start_soon(stage.flusher.run)
+    await settle()
+    stage.flusher.deliver(publisher)
+    assert stage.seen() == ["publisher", "reader"]
+    assert not stage.flusher._now
+    assert len(stage.flusher._work) == 1, "the flusher was not woken: there is nothing left for it"
+    stage.flusher.mark(waiting, urgent=True)
+    stage.flusher.deliver(publisher)
+    assert stage.seen() == ["publisher", "reader"], "others are the flusher's"
+    await settle()
+    assert stage.seen() == ["waiting"]
+
+
+async def test_who_waited_already_is_written_to_at_once_and_only_once(stage: Stage, nursery: Any) -> None:
+    soon, now = stage.one("soon"), stage.one("now")
+
+    def show() -> None:
+        for reader in (soon, now, soon):
+            stage.flusher.mark(reader)
+
+    stage.flusher.mark(soon)
+    stage.flusher.mark(now, urgent=True)
+    stage.flusher.deliver(stage.one("publisher", show))
+    assert stage.seen() == ["publisher", "soon", "now"]
+    nursery.start_soon(stage.flusher.run)
+    await settle()
+    assert stage.seen() == []
+
+
+async def test_a_reader_that_has_more_to_write_is_visited_again(stage: Stage, nursery: Any) -> None:
+    def more() -> None:
+        if stage.visits.count("reader") < 3:
+            stage.flusher.mark(reader)
+
+    reader = stage.one("reader", more)
+    nursery.start_soon(stage.flusher.run)
+    await settle()
+    stage.flusher.deliver(stage.one("publisher", lambda: stage.flusher.mark(reader)))
+    assert stage.seen() == ["publisher", "reader"]
+    stage.visits.append("reader")
+    await settle()
+    assert stage.seen() == ["reader"] * 3
+
+
+async def test_who_delivers_does_not_lend_its_context_variables(stage: Stage) -> None:
+    mine: ContextVar[str] = ContextVar("mine", default="nobody's")
+    seen: list[str] = []
+    reader = stage.one("reader", lambda: seen.append(mine.get()))
+    mine.set("the agent's")
+    stage.flusher.deliver(stage.one("publisher", lambda: stage.flusher.mark(reader)))
+    assert seen == ["nobody's"]
+
+
+async def test_one_that_cannot_be_delivered_to_does_not_keep_the_others_from_it(stage: Stage) -> None:
+    def fail() -> None:
+        raise RuntimeError("boom")
+
+    bad, good = stage.one("bad", fail), stage.one("good")
+
+    def show() -> None:
+        stage.flusher.mark(bad)
+        stage.flusher.mark(good)
+        fail()
+
+    stage.flusher.deliver(stage.one("publisher", show))
+    assert stage.seen() == ["publisher", "publisher crashed", "bad", "bad crashed", "good"]
+    assert stage.flusher._when is SOON
