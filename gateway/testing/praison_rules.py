@@ -16,11 +16,15 @@ class PraisonObserver:
         self.cursor = 0
         self.joined = False
         self._sequence = 0
-        self._tokens: dict[str, str] = {}
+        self._tokens: dict[str, list[str]] = {}
 
     def text(self, turn_id: str, channel: str) -> str:
         """The tokens of a turn so far; it has no other channel."""
-        return self._tokens.get(turn_id, "")
+        return "".join(self._tokens.get(turn_id, ()))
+
+    def pieces(self, turn_id: str, channel: str) -> int:
+        """How many tokens that were."""
+        return len(self._tokens.get(turn_id, ()))
 
     def sent(self, request_id: str) -> None:
         """A message goes out; its answer and its turn are not ordered here."""
@@ -60,8 +64,8 @@ class PraisonObserver:
         self._sequence, self.cursor = event["sequence"], frame["seq"]
         turn_id = data.get("turn_id", "")
         if event["type"] == "token_stream":
-            self._tokens[turn_id] = self._tokens.get(turn_id, "") + data["content"]
+            self._tokens.setdefault(turn_id, []).append(data["content"])
         elif event["type"] == "response" and data.get("status") == "final" and data.get("offset") == 0:
-            tokens = self._tokens.get(turn_id, "")
+            tokens = self.text(turn_id, "answer")
             if tokens and not data["content"].endswith(tokens):
                 raise RuleBroken("10.6", f"the response {data['content'][:80]!r} is not what the tokens said")

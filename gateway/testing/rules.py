@@ -4,6 +4,7 @@ can check by itself. `Observer` is fed everything that one connection receives; 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from gateway.errors import FrameError
@@ -45,11 +46,16 @@ class Observer:
         """Turns of which nothing is missing here, so that their text can be held against their output."""
         self._sealed: dict[tuple[str, str], str] = {}
         self._tail: dict[tuple[str, str], str] = {}
+        self._pieces: Counter[tuple[str, str]] = Counter()
 
     def text(self, turn_id: str, channel: str) -> str:
         """What the turn has said on the channel so far."""
         key = turn_id, channel
         return self._sealed.get(key, "") + self._tail.get(key, "")
+
+    def pieces(self, turn_id: str, channel: str) -> int:
+        """In how many deltas and outputs that came."""
+        return self._pieces[turn_id, channel]
 
     def sent(self, request_id: str) -> None:
         """Note a message that the client sends for the first time; a repetition may be answered behind its turn."""
@@ -151,6 +157,7 @@ class Observer:
 
     def _text(self, tag: str, frame: Frame) -> None:
         key = frame["turn_id"], frame["channel"]
+        self._pieces[key] += 1
         if tag == "delta":
             self._tail[key] = self._tail.get(key, "") + frame["text"]
             return

@@ -278,6 +278,9 @@ class Runner:
                 await connection.read()
             except ConnectionLost as exc:
                 raise _Failed(f"expected text, but the connection ended: {exc.code} {exc.reason}") from None
+        pieces = connection.observer.pieces(turn_id, step.get("channel", "answer"))
+        if pieces > step.get("pieces", pieces):
+            raise Mismatch(f"text: expected at most {step['pieces']} pieces, got {pieces}")
 
     async def _closed(self, step: Step) -> None:
         connection = self._on(step)

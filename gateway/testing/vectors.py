@@ -27,7 +27,7 @@ ACTIONS: Mapping[str, frozenset[str]] = {
     "send_binary": frozenset({"on"}),
     "expect": frozenset({"on", "past"}),
     "expect_all": frozenset({"on"}),
-    "text": frozenset({"on", "turn_id", "channel"}),
+    "text": frozenset({"on", "turn_id", "channel", "pieces"}),
     "closed": frozenset({"on", "skip", "pinging_ms"}),
     "close": frozenset({"on"}),
     "cut": frozenset(),

@@ -46,6 +46,7 @@ def mutants(vector: Vector) -> Iterator[tuple[int, Vector]]:
                 changed += [{**step, key: pattern} for pattern in wrong(step[key])]
         if "text" in step:
             changed.append({**step, "text": "?" + step["text"]})
+            changed += [{**step, "pieces": 0}] if "pieces" in step else []
         if "expect_all" in step:
             changed.append({**step, "expect_all": [*step["expect_all"][:-1], {**step["expect_all"][-1], "seq": "?"}]})
         if step.get("refused"):
