@@ -138,6 +138,8 @@ def _check(http_version: bytes, request: UpgradeRequest) -> None:
     headers = request.headers
     if http_version < b"1.1":
         raise HandshakeFailed(f"{wanted}: it must be of HTTP/1.1")
+    if b"transfer-encoding" in headers or headers.get(b"content-length", b"").strip(b"0"):
+        raise HandshakeFailed(f"{wanted}: it must have no body")  # which would be taken for frames
     if headers.get(b"upgrade", b"").lower() != b"websocket":
         raise HandshakeFailed(f"{wanted}: its Upgrade header must be 'websocket'")
     if "upgrade" not in (token.lower() for token in request.tokens(b"connection")):

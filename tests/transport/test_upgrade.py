@@ -137,6 +137,15 @@ def test_a_header_that_comes_twice() -> None:
         parse_request(head_of([*REQUIRED, (b"Upgrade", b"h2c")]))
 
 
+@pytest.mark.parametrize(
+    "body", [(b"Content-Length", b"5"), (b"content-length", b"50"), (b"Transfer-Encoding", b"chunked")]
+)
+def test_a_body_is_not_taken_for_frames(body: tuple[bytes, bytes]) -> None:
+    with pytest.raises(HandshakeFailed, match="no body"):
+        parse_request(head_of([*REQUIRED, body]))
+    assert parse_request(head_of([*REQUIRED, (b"Content-Length", b"0")])).path == "/ws"
+
+
 @given(st.binary(max_size=80).map(lambda tail: b"GET /" + tail + b"\r\n\r\n") | st.binary(max_size=80))
 @example(b"GET ")
 def test_any_bytes_are_a_request_or_are_refused(head: bytes) -> None:
