@@ -109,8 +109,10 @@ class Flusher:
     def publish(self, publisher: Flushable) -> None:
         """Visit a publisher in this step. What it shows is urgent: the next scheduler pass writes it."""
         before, self._when = self._when, NOW
-        self._visit(publisher, self._timer())
-        self._when = before
+        try:
+            self._visit(publisher, self._timer())
+        finally:
+            self._when = before
 
     def deliver(self, publisher: Flushable) -> None:
         """Visit a publisher, and then whoever it has shown something, in this step."""
@@ -119,8 +121,10 @@ class Flusher:
 
     def _deliver(self, publisher: Flushable, now: float) -> None:
         before, self._when = self._when, HERE
-        self._visit(publisher, now)
-        self._when = before
+        try:
+            self._visit(publisher, now)
+        finally:
+            self._when = before
         shown, self._here = self._here, []
         for connection in shown:
             self._visit(connection, now)

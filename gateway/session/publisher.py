@@ -58,6 +58,7 @@ from gateway.protocol.messages import (
 )
 from gateway.protocol.view import SessionView
 from gateway.session.sources import Sources
+from gateway.session.stack import DELIVER, WAKE, check_stack
 from gateway.store import Store, Stored
 
 NUMBER_BLOCK = 16_384
@@ -254,15 +255,22 @@ class Publisher:
             self._pacer.publish(self)
 
     def mark(self) -> None:
-        """The outbox has something new. Never waits."""
+        """The outbox has something new. Never waits. Called by agents.
+
+        Raises:
+            RecursionError: the agent has left too little of the stack. What is in the outbox stays there.
+        """
         if self._pacer is None:
+            check_stack(WAKE)
             self._work.unpark()
         elif not self.dirty:
             if not self._spoken and not self._working:
                 # What its reader waits for. A pass of the scheduler later is a millisecond or two when others stream.
+                check_stack(DELIVER)
                 self._spoken = True
                 self._pacer.deliver(self)
             else:
+                check_stack(WAKE)
                 self._pacer.mark_publisher(self, urgent=self._silent)
 
     @property

@@ -31,6 +31,7 @@ from gateway.protocol.messages import (
     Withdrawn,
 )
 from gateway.protocol.patch import merge_patch
+from gateway.session.stack import WAKE, check_stack
 
 if TYPE_CHECKING:
     from gateway.session.inbox import QueuedInput
@@ -168,6 +169,7 @@ class Turn:
         An input taken here is done with: the log says so with a `withdrawn` event, reason ``steered``. What is not
         taken when the turn ends is queued as a turn of its own.
         """
+        check_stack(WAKE)
         self._check_open()
         return self._session.take_steered(self)
 
@@ -361,6 +363,7 @@ class Turn:
         await self._put(event)
 
     async def _put(self, event: Event | Text) -> None:
+        check_stack(WAKE)
         try:
             await self._outbox.send(event)
             self._publisher.mark()

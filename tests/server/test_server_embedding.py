@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -12,7 +13,10 @@ from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
+import trio.testing
 from plain_client import Plain, dial, echo, ended, eventually, gateway_of, hello, joined
+from structlog.testing import capture_logs
 
 from gateway import Config, Server, open_gateway
 from gateway.errors import BindError, ConfigError, GatewayError
@@ -358,3 +362,77 @@ async def test_what_was_stored_is_written_in_the_step_that_hears_of_it(tmp_path:
         ended = await client.until("turn_ended")
         assert ended["seq"] > 0
     assert behind[:2] == [0, 0], "the input with the start of its turn, and the end of it"
+
+
+async def _send(turn: Turn) -> None:
+    for _ in range(4):  # more than the outbox holds
+        await turn.send("x")
+
+
+async def _wait(turn: Turn) -> None:
+    await turn.send("the outbox is full")
+
+
+async def _wake(turn: Turn) -> None:
+    await turn.send("the flusher sleeps")
+
+
+async def _tool_call(turn: Turn) -> None:
+    await turn.tool_call("tool")
+
+
+async def _progress(turn: Turn) -> None:
+    await turn.progress("key", 1)
+
+
+async def _steered(turn: Turn) -> None:
+    assert turn.steered()
+
+
+@pytest.mark.parametrize("write", [_send, _wait, _wake, _tool_call, _progress, _steered])
+async def test_an_agent_that_meets_the_recursion_limit_anywhere_harms_nobody(
+    write: Callable[[Turn], Awaitable[None]],
+) -> None:
+    """Also not when it meets it in the middle of a call of ours: there it would tear what all sessions share."""
+
+    async def agent(turn: Turn) -> str:
+        async def deep(n: int) -> None:
+            await (deep(n - 1) if n else write(turn))
+
+        if turn.input.content == "also":
+            return "it was not taken"
+        while write is _steered and not turn._steer:
+            await trio.testing.wait_all_tasks_blocked()
+        for _ in range({_wait: 2, _wake: 1}.get(write, 0)):
+            await turn.send("x")
+        if write is _wake:
+            await trio.testing.wait_all_tasks_blocked()
+        with suppress(RecursionError):
+            await deep(int(turn.input.content))
+        return "sorry"
+
+    async with gateway_of(agent, listen=False, limits={"max_outbox": 1}) as gateway:
+        client, other = await in_memory(gateway), await in_memory(gateway)
+        limit = sys.getrecursionlimit()
+        for n in range(limit - 110, limit):
+            await client.message(str(n), f"r{n}")
+            turn_id = (await client.until("turn_started", request_ids=[f"r{n}"]))["turn_id"]
+            if write is _steered:
+                await client.message("also", on_busy="steer")
+            assert (await client.until("turn_ended", turn_id=turn_id))["outcome"] == "completed"
+        await other.ask("ping", "pong")
+        await (await in_memory(gateway)).ask("ping", "pong")
+
+
+async def test_an_agent_without_end_fails_as_any_other() -> None:
+    async def agent(turn: Turn, n: int = 0) -> None:
+        await turn.tool_call(f"tool {n}")
+        await agent(turn, n + 1)
+
+    with capture_logs():
+        async with gateway_of(agent, listen=False) as gateway:
+            client = await in_memory(gateway)
+            for _ in range(2):
+                await client.message("hi")
+                ended = await client.until("turn_ended")
+                assert (ended["outcome"], ended["error"]["code"]) == ("failed", "agent_error")

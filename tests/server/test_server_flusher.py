@@ -222,3 +222,20 @@ async def test_one_that_cannot_be_delivered_to_does_not_keep_the_others_from_it(
     stage.flusher.deliver(stage.one("publisher", show))
     assert stage.seen() == ["publisher", "publisher crashed", "bad", "bad crashed", "good"]
     assert stage.flusher._when is SOON
+
+
+@pytest.mark.parametrize("call", ["publish", "deliver"])
+async def test_what_escapes_leaves_nobody_waiting_for_this_step(stage: Stage, nursery: Any, call: str) -> None:
+    class Escapes(BaseException):
+        pass
+
+    def escape() -> None:
+        raise Escapes
+
+    with pytest.raises(Escapes):
+        getattr(stage.flusher, call)(stage.one("publisher", escape))
+    assert stage.flusher._when is SOON
+    nursery.start_soon(stage.flusher.run)
+    stage.flusher.mark(stage.one("reader"))
+    await settle()
+    assert stage.seen() == ["publisher", "reader"]
