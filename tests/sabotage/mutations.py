@@ -12,6 +12,7 @@ ABORT = "tests/session/test_abort.py"
 BUSY = "tests/session/test_busy_modes.py"
 CONNECTIONS = "tests/session/test_connections.py"
 DRAIN = "tests/server/test_server_drain.py"
+EMBEDDING = "tests/server/test_server_embedding.py"
 FRAMES = "tests/server/test_server_frames.py"
 HANDSHAKE = "tests/server/test_server_handshake.py"
 INBOX = "tests/session/test_inbox.py"
@@ -86,6 +87,15 @@ MUTATIONS = (
         "self._until(turn, trio.current_time() + self.limits.stop_timeout_ms / 1000)",
         "self._until(turn, trio.current_time() + 1e9)",
         (f"{ABORT}::test_an_agent_that_shields_itself_is_given_up_after_stop_timeout",),
+    ),
+    Mutation(
+        2,
+        "torn at the recursion limit",
+        "what an agent calls begins although there may be no room on the stack to end it",
+        "gateway/session/publisher.py",
+        "                check_stack(DELIVER)\n",
+        "",
+        (f"{EMBEDDING}::test_an_agent_that_meets_the_recursion_limit_anywhere_harms_nobody",),
     ),
     Mutation(
         3,
