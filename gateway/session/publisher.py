@@ -358,10 +358,20 @@ class Publisher:
         assert self._handed is not None
         if error is None:
             self._stored_it = True
-            self._pacer.deliver(self)
+            if self._awaited(self._handed[0]):
+                self._pacer.deliver(self)
+            else:
+                self._pacer.mark_publisher(self)
         else:
             batch, self._handed = self._handed[0], None
             self._give_to_task(batch, error)
+
+    def _awaited(self, batch: list[_Numbered]) -> bool:
+        """Whether somebody waits to see it: not if it merely ends an answer whose text has been streamed. Ends come in
+        crowds, of those who began together, and cost more than beginnings; all at once they would be before whoever
+        asks next."""
+        only_ends = type(batch[-1].event) is TurnEnded and not any([type(one.event) is Input for one in batch])
+        return not (self._spoken and only_ends)
 
     def _give_to_task(self, batch: list[_Numbered], error: StoreError | None = None) -> None:
         """Have the task store it, or do what is to be done after that has failed."""
