@@ -14,9 +14,9 @@ read. What is *urgent* does not wait for the gap's end: replies, the engine's ow
 silence are visited in the next scheduler pass, alone. An input is published by whoever brings it, in the same step
 (`publish`); only the writing to connections is left to the next pass, where a reply shares the system call with what
 follows it. What was stored, and what a turn says first, is written in the same step too (`deliver`): somebody waits for
-it, and while a hundred agents stream there are a thousand other steps in between. A pass stops after each session for
-what is urgent and for all other tasks, as long as these have work: who asks now does not wait until a hundred answers
-have been written.
+it, and while a hundred agents stream there are a thousand other steps in between. As long as others have work, a pass
+stops after a session or two for them and for what is urgent: who asks now does not wait until a hundred answers have
+been written.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ GAP_MOST = 0.016
 GAP_LEAST = 0.0005
 """Seconds. Three quarters of the time for everything else; in 16 ms a screen shows its next frame."""
 
-SLICE = 0.00005
-"""Seconds of a pass between two scheduler passes while others have work too: one session. Whoever asks waits for five or
-so scheduler passes until the first word of the answer, and for a slice in each. That is worth the scheduler's 15 µs."""
+SLICE = 0.0001
+"""Seconds of a pass between two scheduler passes while others have work too: a session or two. Whoever asks waits for
+some five scheduler passes until the first word of the answer, and for a slice in each; who reads a long answer gets the
+next part of it later, because a pass takes longer."""
 
 SLICE_ALONE = 0.0003
 """The same while nobody else has anything to do, so that hundreds of readers of one session are written to in a few."""
@@ -183,7 +184,7 @@ class Flusher:
                     taken += paused - started
                     await trio.lowlevel.checkpoint()
                     started = now = timer()
-                    most = SLICE if started - paused > SLICE else SLICE_ALONE
+                    most = SLICE if started - paused > SLICE / 2 else SLICE_ALONE
         self._serve_urgent()
         return taken + timer() - started
 

@@ -83,6 +83,11 @@ _log = structlog.get_logger(__name__)
 MERGED_MOST = 4096
 """Bytes of text from which on a merged delta is cut: more than any model makes between two passes."""
 
+SHORT_END = 4096
+"""Bytes up to which the end of a streamed answer is as urgent as its beginning. What is longer costs a multiple, its
+reader has it already, and the ends of answers that began together come together: at once, they would be before whoever
+asks next."""
+
 
 @frozen
 class Finish:
@@ -222,7 +227,7 @@ class Publisher:
         """Numbered, and the task's to commit."""
         self._working = False
         """Whether a batch is on its way: handed to the store, or the task's."""
-        self._handed: tuple[list[_Numbered], int] | None = None
+        self._handed: tuple[list[_Numbered], int, bool] | None = None
         """A batch that the store was given, and the reservation that goes with it."""
         self._stored_it = False
         self._failed: StoreError | None = None
@@ -243,8 +248,8 @@ class Publisher:
         self._intake.append(_Item(what, done, digest, on_busy))
         if self._direct:
             assert self._pacer is not None
-            # The end of a text that its reader has already may come with the next pass.
-            self._pacer.mark_publisher(self, urgent=self._silent or type(what) is not Finish)
+            # The end of a long text that its reader has already may come with the next pass.
+            self._pacer.mark_publisher(self, urgent=self._unsealed <= SHORT_END or type(what) is not Finish)
         else:
             self._work.unpark()
 
@@ -327,7 +332,7 @@ class Publisher:
             return  # the session is about to end: nothing comes after what could not be shown
         if self._stored_it:
             assert self._handed is not None
-            (batch, self._reserved), self._handed = self._handed, None
+            (batch, self._reserved, _), self._handed = self._handed, None
             self._stored_it = False
             self._show(batch)
             self._working = False
@@ -343,9 +348,12 @@ class Publisher:
 
     def _hand_over(self, batch: list[_Numbered]) -> None:
         stored, reserved = self._what_to_store(batch)
-        self._handed = batch, reserved
+        awaited = not self._spoken or not _ends_long_answer(stored)
+        self._handed = batch, reserved, awaited
         try:
-            self._stored_it = self._store.append_soon(self._session_id, stored, reserved, self._appended)
+            self._stored_it = self._store.append_soon(
+                self._session_id, stored, reserved, self._appended, patient=not awaited
+            )
         except StoreError as exc:
             self._appended(exc)
         else:
@@ -358,20 +366,13 @@ class Publisher:
         assert self._handed is not None
         if error is None:
             self._stored_it = True
-            if self._awaited(self._handed[0]):
+            if self._handed[2]:
                 self._pacer.deliver(self)
             else:
                 self._pacer.mark_publisher(self)
         else:
             batch, self._handed = self._handed[0], None
             self._give_to_task(batch, error)
-
-    def _awaited(self, batch: list[_Numbered]) -> bool:
-        """Whether somebody waits to see it: not if it merely ends an answer whose text has been streamed. Ends come in
-        crowds, of those who began together, and cost more than beginnings; all at once they would be before whoever
-        asks next."""
-        only_ends = type(batch[-1].event) is TurnEnded and not any([type(one.event) is Input for one in batch])
-        return not (self._spoken and only_ends)
 
     def _give_to_task(self, batch: list[_Numbered], error: StoreError | None = None) -> None:
         """Have the task store it, or do what is to be done after that has failed."""
@@ -636,6 +637,14 @@ class Publisher:
 
 def _nothing() -> None:
     pass
+
+
+def _ends_long_answer(batch: list[Stored]) -> bool:
+    """Whether a batch is the end of a long answer and nothing else."""
+    if not batch or type(batch[-1].event) is not TurnEnded:
+        return False
+    size = sum([len(item.payload) for item in batch])
+    return size > SHORT_END and not any(type(item.event) is Input for item in batch)
 
 
 def _drop(item: _Item | None) -> None:

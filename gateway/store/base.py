@@ -187,9 +187,11 @@ class Store(ABC):
             StoreRefused: the session is not known, or a number is not above all that are stored.
         """
 
-    def append_soon(self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended) -> bool:
+    def append_soon(
+        self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended, *, patient: bool = False
+    ) -> bool:
         """`append` for callers that do not wait, in a store that is `direct`: it spares a task for each session that
-        writes.
+        writes. A `patient` batch may wait for some milliseconds, until others come along.
 
         Returns:
             True when it is written already. Otherwise `done` is called later, synchronously, with None or with what

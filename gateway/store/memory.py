@@ -130,7 +130,13 @@ class MemoryStore(Store):
         self.append_soon(session_id, batch, reserved)
 
     def append_soon(
-        self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended | None = None
+        self,
+        session_id: str,
+        batch: Sequence[Stored],
+        reserved: int,
+        done: Appended | None = None,
+        *,
+        patient: bool = False,
     ) -> bool:
         session = self._sessions.get(session_id)
         if session is None:

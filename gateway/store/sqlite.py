@@ -6,8 +6,8 @@ Theory of operation
 collects what waits (`_pending`). The writer takes all of it as one group, commits, tells the event loop, and takes what
 has come meanwhile: the cost of a transaction, an fsync among it, is shared by all who wait, and a transaction that
 follows another waits for no busy event loop. A writer that has nothing left to do is asked to look again one scheduler
-pass after a write, so that those who write in the same pass are in one group. New sessions that come in numbers wait a
-moment for one another (`GATHER`).
+pass after a write, so that those who write in the same pass are in one group. What nobody waits for, or comes in
+numbers (the ends of long answers, new sessions), waits a moment for its like (`GATHER`).
 
     append() ─▶ _pending ─▶ writer thread: one group, one transaction (fsync) ─▶ _finish(): calls every waiter
                                ▲                                             │
@@ -87,9 +87,9 @@ MAX_GROUP_BYTES = 8 * MIB
 """Their payloads: a transaction stays below a tenth of a second on a slow disk, and the WAL stays small."""
 
 GATHER = 0.005
-"""Seconds that new sessions wait, at most, until as many have come as the last time, when nobody writes anything else.
-When a thousand clients come at once, a transaction each is a third of what a connection costs; five milliseconds more
-are nothing beside its round trips."""
+"""Seconds that patient operations wait, at most, until as many have come as the last time, when nobody writes anything
+else. When a thousand clients come at once, a transaction each is a third of what a connection costs; five milliseconds
+more are nothing beside its round trips. And who is told that a long answer has ended has all of its text by then."""
 
 CLOSE_TIMEOUT = 10.0
 """Seconds for the last transaction. A disk that hangs for longer must not keep the process from ending."""
@@ -150,7 +150,7 @@ class SqliteStore(Store):
         self._waiting = 0
         self._open = False
         self._enough: int | None = None
-        """How many new sessions the writer, asleep, is to be woken for; None while it is awake, or has been woken."""
+        """How many patient operations the writer, asleep, is to be woken for; None while it is awake, or was woken."""
         self._asked: SimpleQueue[bool] = SimpleQueue()
 
     @property
@@ -230,7 +230,7 @@ class SqliteStore(Store):
         for session_id in operation.session_ids:
             self._last[session_id] = operation
         enough = self._enough
-        if enough is not None and (len(self._pending) >= enough or not isinstance(operation, Create)):
+        if enough is not None and (len(self._pending) >= enough or not operation.patient):
             self._tell(self._asked.put, True)
             self._enough = None
 
@@ -266,11 +266,11 @@ class SqliteStore(Store):
         more, expected = True, 1
         while True:
             while group := self._take([]):
-                new = _new_sessions(group)
-                if new == len(group) < expected:
-                    more = self._sleep(expected - new, GATHER) and more
-                    new = _new_sessions(self._take(group))
-                expected = new or expected
+                patient = _patient(group)
+                if patient == len(group) < expected:
+                    more = self._sleep(expected - patient, GATHER) and more
+                    patient = _patient(self._take(group))
+                expected = patient or expected
                 self._writer.commit(group)
                 self._tell(self._finish, group)
                 if self._checkpoints.due(sum(map(_written, group))):
@@ -296,12 +296,12 @@ class SqliteStore(Store):
         return group
 
     def _sleep(self, enough: int, seconds: float | None) -> bool:
-        """Wait until so many new sessions, or anything else, are to be written; no longer than `seconds`. False: there
-        will be no more operations. Called by the writer thread alone."""
+        """Wait until so many patient operations, or any other, are to be written; no longer than `seconds`. False:
+        there will be no more. Called by the writer thread alone."""
         pending, more = self._pending, True
         self._enough = enough
         # Who came before that was said has woken nobody.
-        if len(pending) < enough and all(isinstance(pending[i], Create) for i in range(len(pending))):
+        if len(pending) < enough and all(pending[i].patient for i in range(len(pending))):
             with suppress(Empty):
                 more = self._asked.get(timeout=seconds)
         self._enough = None
@@ -312,16 +312,18 @@ class SqliteStore(Store):
             self._token.run_sync_soon(function, *args)
 
     async def create(self, record: SessionRecord, reserved: int) -> None:
-        await self._write(Create((record.session_id,), record, reserved))
+        await self._write(Create((record.session_id,), record, reserved, patient=True))
 
     async def append(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
         size = sum([len(item.payload) for item in batch])
         await self._write(Append((session_id,), batch, reserved, size))
 
-    def append_soon(self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended) -> bool:
+    def append_soon(
+        self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended, *, patient: bool = False
+    ) -> bool:
         self._check_open()
         size = sum([len(item.payload) for item in batch])
-        self._submit(Append((session_id,), batch, reserved, size, done=[done]))
+        self._submit(Append((session_id,), batch, reserved, size, patient=patient, done=[done]))
         return False
 
     async def delete(self, session_id: str) -> None:
@@ -401,8 +403,8 @@ class SqliteStore(Store):
         return total
 
 
-def _new_sessions(group: list[Operation]) -> int:
-    return sum(isinstance(operation, Create) for operation in group)
+def _patient(group: list[Operation]) -> int:
+    return sum([operation.patient for operation in group])
 
 
 def _written(operation: Operation) -> int:

@@ -103,6 +103,8 @@ class Operation:
     loop."""
 
     session_ids: Sequence[str]
+    patient: bool = field(default=False, kw_only=True)
+    """Whether it may wait a moment for others of its kind."""
     done: list[Appended] = field(factory=list, kw_only=True)
     error: StoreError | None = field(default=None, kw_only=True)
 

@@ -182,7 +182,9 @@ class DiskStore(Store):
     async def append(self, session_id: str, batch: Sequence[Stored], reserved: int) -> None:
         await self._disk.commit(self, Commit(session_id, reserved, None, tuple(batch)))
 
-    def append_soon(self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended) -> bool:
+    def append_soon(
+        self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended, *, patient: bool = False
+    ) -> bool:
         async def write() -> None:
             try:
                 await self.append(session_id, batch, reserved)

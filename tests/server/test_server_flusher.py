@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from gateway.protocol.log import Chunk
-from gateway.server.flusher import GAP_MOST, HERE, SLICE, SOON, Flusher
+from gateway.server.flusher import GAP_MOST, HERE, SLICE, SLICE_ALONE, SOON, Flusher
 
 BUSY = 2 * GAP_MOST
 """Seconds that a visit takes in these tests, so that there is a gap after the pass."""
@@ -122,6 +122,33 @@ async def test_publishing_in_the_middle_of_an_urgent_round_leaves_it_urgent(stag
     nursery.start_soon(stage.flusher.run)
     await settle()
     assert stage.seen() == ["outer", "inner", "reader"]
+
+
+@pytest.mark.parametrize("others_take", [0.0, SLICE])
+async def test_a_pass_stops_more_often_while_others_have_work(stage: Stage, nursery: Any, others_take: float) -> None:
+    most = SLICE if others_take else SLICE_ALONE
+    steps: list[int] = []
+
+    class Others(trio.abc.Instrument):
+        """Take their time once in each pass of the scheduler, and count what one step of the flusher visits."""
+
+        def before_io_wait(self, timeout: float) -> None:
+            stage.take(others_take)
+
+        def after_task_step(self, task: trio.lowlevel.Task) -> None:
+            if visited := len(stage.seen()):
+                steps.append(visited)
+
+    for n in range(30):
+        stage.flusher.mark(stage.one(f"reader{n}", lambda: stage.take(SLICE / 2)))
+    others = Others()
+    trio.lowlevel.add_instrument(others)
+    nursery.start_soon(stage.flusher.run)
+    await settle()
+    trio.lowlevel.remove_instrument(others)
+    assert sum(steps) == 30
+    assert steps[0] == 2, "it does not know yet whether others have work"
+    assert steps[1] == pytest.approx(most / (SLICE / 2), abs=1)
 
 
 async def test_a_long_pass_stops_for_what_is_urgent(stage: Stage, nursery: Any) -> None:

@@ -23,10 +23,10 @@ from session_harness import (
 from gateway.config import Limits
 from gateway.errors import StoreFenced, StoreUnusable
 from gateway.protocol.log import Tails
-from gateway.protocol.messages import Event, Input, TurnStarted
+from gateway.protocol.messages import Event, Input, TurnEnded, TurnStarted
 from gateway.server.flusher import Flusher
 from gateway.session import Session, Turn
-from gateway.session.publisher import NUMBER_BLOCK
+from gateway.session.publisher import NUMBER_BLOCK, SHORT_END
 from gateway.store import MemoryStore, SessionRecord, Stored
 from gateway.store.base import Appended
 
@@ -37,15 +37,23 @@ class SlowStore(MemoryStore):
     """While `slow`, says later that something is stored: when `finish` is called."""
 
     slow = False
+    patient = False
     finish: Callable[[], None]
 
     def append_soon(
-        self, session_id: str, batch: Sequence[Stored], reserved: int, done: Appended = lambda error: None
+        self,
+        session_id: str,
+        batch: Sequence[Stored],
+        reserved: int,
+        done: Appended = lambda error: None,
+        *,
+        patient: bool = False,
     ) -> bool:
         assert super().append_soon(session_id, batch, reserved, done)
         if not self.slow:
             return True
         self.finish = lambda: done(None)
+        self.patient = patient
         return False
 
 
@@ -109,6 +117,50 @@ async def test_an_input_and_the_start_of_its_turn_wait_for_the_store_alone() -> 
         await settle()
         assert bench.session.turn is not None
         assert bench.session.turn._running
+
+
+@pytest.mark.parametrize(
+    ("how", "length", "at_once"),
+    [
+        ("streamed", 3 * SHORT_END, False),
+        ("streamed", SHORT_END // 2, True),
+        ("returned", 3 * SHORT_END, True),
+        ("streamed, and somebody has sent the next message", 3 * SHORT_END, True),
+    ],
+)
+async def test_the_end_of_a_long_answer_is_left_to_the_flusher_once_it_was_streamed(
+    how: str, length: int, at_once: bool
+) -> None:
+    """Its reader has the text. Whatever somebody waits for is shown in the step that says that it is stored."""
+    store = SlowStore()
+    end = trio.Event()
+
+    async def agent(turn: Turn) -> str | None:
+        if how == "returned":
+            await end.wait()
+            return "x" * length
+        await turn.send("x" * length)
+        await end.wait()
+        return None
+
+    async with open_flushed(agent, store, []) as bench:
+        bench.send("r1")
+        await settle()
+        store.slow = True
+        log = bench.session.log
+        if "next message" in how:
+            bench.send("r2")
+            bench.send("r3")
+        end.set()
+        await settle()
+        if "next message" in how:
+            store.finish()  # has r2; r3 and the end of the turn are handed over now, together
+        before = log.head
+        assert store.patient is not at_once
+        store.finish()
+        assert (log.head > before) is at_once
+        await settle()
+        assert TurnEnded in [type(event) for event in log]
 
 
 @pytest.mark.parametrize("what", ["an input", "text"])

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from store_helpers import MANY, Script, queue, seqs, taken
+from store_helpers import MANY, Script, queue, seqs, stored, taken
 from structlog.testing import capture_logs
 
 from gateway.config import Limits
@@ -894,6 +894,38 @@ async def test_new_sessions_wait_until_as_many_have_come_as_the_last_time(
             assert gathering.is_set(), "it was three again"
             monkeypatch.setattr(sqlite_module, "GATHER", 3600)
             await Script(store, "one who came after one alone").create()
+
+
+async def test_who_is_patient_waits_for_as_many_as_the_last_time(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_module, "GATHER", 3600)
+    gathering = threading.Event()
+    when_gathering(monkeypatch, gathering.set)
+    with trio.fail_after(10):
+        async with SqliteStore(path) as store:
+            a, b = await Script(store, "a").create(), await Script(store, "b").create()
+
+            def write(script: Script, *, patient: bool) -> trio.Event:
+                over = trio.Event()
+                batch = [stored(script.output())]
+                store.append_soon(script.record.session_id, batch, 0, lambda _: over.set(), patient=patient)
+                return over
+
+            await write(a, patient=True).wait()
+            two = write(a, patient=True), write(b, patient=True)
+            for over in two:
+                await over.wait()
+            assert not gathering.is_set()
+            before = store.statistics().transactions
+            first = write(a, patient=True)
+            assert await trio.to_thread.run_sync(gathering.wait, 10)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not first.is_set()
+            second = write(b, patient=True)
+            await first.wait()
+            await second.wait()
+            assert store.statistics().transactions == before + 1
+            await write(a, patient=False).wait()
+            assert store.statistics().transactions == before + 2
 
 
 @pytest.mark.parametrize("who", ["who writes", "who deletes", "closing"])

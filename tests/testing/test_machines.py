@@ -117,7 +117,7 @@ def test_the_gateway_machine_sees_that_events_are_shown_before_they_are_stored(m
         stored, _ = self._what_to_store(batch)
         self._show(batch)
         self._reserved += NUMBER_BLOCK
-        self._handed = [], self._reserved
+        self._handed = [], self._reserved, True
         self._store.append_soon(self._session_id, stored, self._reserved, self._appended)
 
     monkeypatch.setattr(Publisher, "_hand_over", show_first)
