@@ -30,6 +30,9 @@ from gateway.session.publisher import NUMBER_BLOCK, SHORT_END
 from gateway.store import MemoryStore, SessionRecord, Stored
 from gateway.store.base import Appended
 
+LONG = SHORT_END * 3 // 2
+"""Characters, and less than a segment."""
+
 whose: ContextVar[str] = ContextVar("whose", default="nobody's")
 
 
@@ -122,18 +125,26 @@ async def test_an_input_and_the_start_of_its_turn_wait_for_the_store_alone() -> 
 @pytest.mark.parametrize(
     ("how", "length", "at_once"),
     [
-        ("streamed", 3 * SHORT_END, False),
+        ("streamed", LONG, False),
         ("streamed", SHORT_END // 2, True),
-        ("returned", 3 * SHORT_END, True),
-        ("streamed, and somebody has sent the next message", 3 * SHORT_END, True),
+        ("returned", LONG, True),
+        ("streamed, and somebody has sent the next message", LONG, True),
     ],
 )
 async def test_the_end_of_a_long_answer_is_left_to_the_flusher_once_it_was_streamed(
-    how: str, length: int, at_once: bool
+    how: str, length: int, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its reader has the text. Whatever somebody waits for is shown in the step that says that it is stored."""
     store = SlowStore()
     end = trio.Event()
+    urgent: list[bool] = []
+    mark = Flusher.mark_publisher
+
+    def note(flusher: Flusher, publisher: Any, **kwargs: bool) -> None:
+        urgent.append(kwargs.get("urgent", False))
+        mark(flusher, publisher, **kwargs)
+
+    monkeypatch.setattr(Flusher, "mark_publisher", note)
 
     async def agent(turn: Turn) -> str | None:
         if how == "returned":
@@ -153,6 +164,7 @@ async def test_the_end_of_a_long_answer_is_left_to_the_flusher_once_it_was_strea
             bench.send("r3")
         end.set()
         await settle()
+        assert urgent[-1] is (how == "returned" or length < SHORT_END)
         if "next message" in how:
             store.finish()  # has r2; r3 and the end of the turn are handed over now, together
         before = log.head

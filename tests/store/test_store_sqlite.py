@@ -886,6 +886,7 @@ async def test_new_sessions_wait_until_as_many_have_come_as_the_last_time(
                 nursery.start_soon(Script(store, "later").create)
                 await trio.testing.wait_all_tasks_blocked()
                 assert store.statistics().waiting == 2
+                assert store._enough is not None, "the writer was woken for two"
                 await Script(store, "the third").create()
             assert store.statistics().transactions == before + 1
             monkeypatch.setattr(sqlite_module, "GATHER", 0.001)
