@@ -15,8 +15,9 @@ What is written does not wake a task. It marks the publisher as dirty, and the g
 next pass, just before it visits the readers: while many sessions stream, one pass takes several deltas of each. What
 somebody waits for does not wait for that: an input goes to the store in the step that accepts it, and what a turn says
 first goes to the readers in the step that says it. A batch that the store takes its time for is handed to it, and goes
-to the readers in the step in which it hears that it was stored; only one is on its way at a time. The task is for
-stores that have to be waited for, and for those that fail.
+to the readers in the step in which it hears that it was stored, unless it is but the end of a long answer that they
+have already; only one is on its way at a time. The task is for stores that have to be waited for, and for those that
+fail.
 
     stored BEFORE visible: a client, or another task, never sees a durable event that a crash could take back
     volatile events flow at once, but never before an earlier durable one
@@ -84,22 +85,26 @@ MERGED_MOST = 4096
 """Bytes of text from which on a merged delta is cut: more than any model makes between two passes."""
 
 SHORT_END = 4096
-"""Bytes up to which the end of a streamed answer is as urgent as its beginning. What is longer costs a multiple, its
-reader has it already, and the ends of answers that began together come together: at once, they would be before whoever
-asks next."""
+"""Bytes of text, in JSON, up to which the end of a streamed answer is as urgent as its beginning. A longer one costs a
+multiple, its readers have it already, and the ends of answers that began together come together: at once, they would
+be before whoever asks next."""
+
+_ENDING = {Output, TurnEnded}
 
 
 @frozen
 class Finish:
     """The end of a turn, as the engine hands it in: expands to the outputs that are left, then the `turn_ended`.
 
-    `text` is what the agent returned: the text of the channel ``answer``, as a whole.
+    `text` is what the agent returned: the text of the channel ``answer``, as a whole. `awaited`: something is to be
+    done when it has ended.
     """
 
     turn_id: str
     outcome: TurnOutcome
     error: ErrorInfo | None = None
     text: str | None = None
+    awaited: bool = field(default=True, kw_only=True)
 
 
 @define
@@ -228,7 +233,9 @@ class Publisher:
         self._working = False
         """Whether a batch is on its way: handed to the store, or the task's."""
         self._handed: tuple[list[_Numbered], int, bool] | None = None
-        """A batch that the store was given, and the reservation that goes with it."""
+        """A batch that the store was given, the reservation that goes with it, and whether it is patient."""
+        self._patient = False
+        """Whether the turn has ended and nobody waits for that: a long answer that its readers have."""
         self._stored_it = False
         self._failed: StoreError | None = None
         """How storing the task's batch has ended before it got it."""
@@ -248,8 +255,9 @@ class Publisher:
         self._intake.append(_Item(what, done, digest, on_busy))
         if self._direct:
             assert self._pacer is not None
-            # The end of a long text that its reader has already may come with the next pass.
-            self._pacer.mark_publisher(self, urgent=self._unsealed <= SHORT_END or type(what) is not Finish)
+            if type(what) is Finish:
+                self._patient = what.text is None and not what.awaited and self._unsealed > SHORT_END
+            self._pacer.mark_publisher(self, urgent=type(what) is not Finish or not self._patient)
         else:
             self._work.unpark()
 
@@ -286,7 +294,7 @@ class Publisher:
     def open_turn(self, turn_id: str, asks: Iterable[str] = ()) -> None:
         """Take events of this turn from now on, as its `TurnStarted` does; events of any other turn are dropped."""
         self._turn_id = turn_id
-        self._spoken = False
+        self._spoken = self._patient = False
         self._asks = dict.fromkeys(asks)
         self._tails = {}
         self._unsealed = 0
@@ -348,11 +356,11 @@ class Publisher:
 
     def _hand_over(self, batch: list[_Numbered]) -> None:
         stored, reserved = self._what_to_store(batch)
-        awaited = not self._spoken or not _ends_long_answer(stored)
-        self._handed = batch, reserved, awaited
+        patient = self._patient and {type(item.event) for item in stored} == _ENDING
+        self._handed = batch, reserved, patient
         try:
             self._stored_it = self._store.append_soon(
-                self._session_id, stored, reserved, self._appended, patient=not awaited
+                self._session_id, stored, reserved, self._appended, patient=patient
             )
         except StoreError as exc:
             self._appended(exc)
@@ -366,10 +374,10 @@ class Publisher:
         assert self._handed is not None
         if error is None:
             self._stored_it = True
-            if self._handed[2]:
-                self._pacer.deliver(self)
-            else:
+            if self._handed[2] and not self._intake:
                 self._pacer.mark_publisher(self)
+            else:
+                self._pacer.deliver(self)
         else:
             batch, self._handed = self._handed[0], None
             self._give_to_task(batch, error)
@@ -637,14 +645,6 @@ class Publisher:
 
 def _nothing() -> None:
     pass
-
-
-def _ends_long_answer(batch: list[Stored]) -> bool:
-    """Whether a batch is the end of a long answer and nothing else."""
-    if not batch or type(batch[-1].event) is not TurnEnded:
-        return False
-    size = sum([len(item.payload) for item in batch])
-    return size > SHORT_END and not any(type(item.event) is Input for item in batch)
 
 
 def _drop(item: _Item | None) -> None:

@@ -756,7 +756,8 @@ class Session:
             if self._inbox.waiting:
                 self._work.unpark()
 
-        self.publisher.enqueue(Finish(turn.turn_id, outcome, error, text), lambda _: visible())
+        awaited = outcome != "completed" or bool(turn._on_ended or self._inbox.waiting)
+        self.publisher.enqueue(Finish(turn.turn_id, outcome, error, text, awaited=awaited), lambda _: visible())
 
     async def finish_turn(self, timeout: float) -> None:
         """Wait until no turn runs, at most `timeout` seconds; then end it as ``interrupted`` and wait for that."""

@@ -87,9 +87,10 @@ MAX_GROUP_BYTES = 8 * MIB
 """Their payloads: a transaction stays below a tenth of a second on a slow disk, and the WAL stays small."""
 
 GATHER = 0.005
-"""Seconds that patient operations wait, at most, until as many have come as the last time, when nobody writes anything
-else. When a thousand clients come at once, a transaction each is a third of what a connection costs; five milliseconds
-more are nothing beside its round trips. And who is told that a long answer has ended has all of its text by then."""
+"""Seconds that patient operations (new sessions, ends of long answers) wait, at most, until as many have come as the
+last time, when nobody writes anything else. When a thousand clients come at once, a transaction each is a third of what
+a connection costs; five milliseconds more are nothing beside its round trips. And who is told that a long answer has
+ended has all of its text by then."""
 
 CLOSE_TIMEOUT = 10.0
 """Seconds for the last transaction. A disk that hangs for longer must not keep the process from ending."""
@@ -286,7 +287,7 @@ class SqliteStore(Store):
     def _take(self, group: list[Operation]) -> list[Operation]:
         """Add what waits to `group`, as far as one transaction may hold it. Called by the writer thread alone."""
         pending = self._pending
-        size = 0
+        size = sum([operation.size for operation in group if isinstance(operation, Append)])
         while pending and len(group) < MAX_GROUP and size < MAX_GROUP_BYTES:
             if isinstance(pending[0], Job):
                 return group or [pending.popleft()]

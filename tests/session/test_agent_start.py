@@ -123,18 +123,23 @@ async def test_an_input_and_the_start_of_its_turn_wait_for_the_store_alone() -> 
 
 
 @pytest.mark.parametrize(
-    ("how", "length", "at_once"),
+    ("how", "length", "patient", "at_once"),
     [
-        ("streamed", LONG, False),
-        ("streamed", SHORT_END // 2, True),
-        ("returned", LONG, True),
-        ("streamed, and somebody has sent the next message", LONG, True),
+        ("streamed", LONG, True, False),
+        ("streamed", SHORT_END // 2, False, True),
+        ("returned", LONG, False, True),
+        ("returned after a word", LONG, False, True),
+        ("returned after another text", LONG, False, True),
+        ("streamed, then failed", LONG, False, True),
+        ("streamed, and a message waits", LONG, False, True),
+        ("streamed, and a tool's result comes with the end", LONG, False, True),
+        ("streamed, and a message comes while the end is stored", LONG, True, True),
     ],
 )
 async def test_the_end_of_a_long_answer_is_left_to_the_flusher_once_it_was_streamed(
-    how: str, length: int, at_once: bool, monkeypatch: pytest.MonkeyPatch
+    how: str, length: int, patient: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its reader has the text. Whatever somebody waits for is shown in the step that says that it is stored."""
+    """Its readers have the text. Whatever somebody waits for is shown in the step that says that it is stored."""
     store = SlowStore()
     end = trio.Event()
     urgent: list[bool] = []
@@ -147,28 +152,31 @@ async def test_the_end_of_a_long_answer_is_left_to_the_flusher_once_it_was_strea
     monkeypatch.setattr(Flusher, "mark_publisher", note)
 
     async def agent(turn: Turn) -> str | None:
-        if how == "returned":
-            await end.wait()
-            return "x" * length
-        await turn.send("x" * length)
+        returned = how.startswith("returned")
+        if how != "returned":
+            await turn.send("x" * (1 if how == "returned after a word" else length))
         await end.wait()
-        return None
+        if "tool" in how:
+            await turn.tool_result("call_1", "something else")
+        if how == "streamed, then failed":
+            raise RuntimeError("boom")
+        return "y" * length if returned else None
 
     async with open_flushed(agent, store, []) as bench:
+        log = bench.session.log
         bench.send("r1")
         await settle()
-        store.slow = True
-        log = bench.session.log
-        if "next message" in how:
+        if how == "streamed, and a message waits":
             bench.send("r2")
-            bench.send("r3")
+            await settle()
+        store.slow = True
         end.set()
         await settle()
-        assert urgent[-1] is (how == "returned" or length < SHORT_END)
-        if "next message" in how:
-            store.finish()  # has r2; r3 and the end of the turn are handed over now, together
+        assert urgent[-1] is not (patient or "tool" in how)
+        assert store.patient is patient
+        if how == "streamed, and a message comes while the end is stored":
+            bench.send("r2")
         before = log.head
-        assert store.patient is not at_once
         store.finish()
         assert (log.head > before) is at_once
         await settle()
