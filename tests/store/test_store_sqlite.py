@@ -927,6 +927,14 @@ async def test_who_is_patient_waits_for_as_many_as_the_last_time(path: str, monk
             assert store.statistics().transactions == before + 1
             await write(a, patient=False).wait()
             assert store.statistics().transactions == before + 2
+            monkeypatch.setattr(sqlite_module, "MAX_GROUP_BYTES", 1)
+            gathering.clear()
+            first = write(a, patient=True)
+            assert await trio.to_thread.run_sync(gathering.wait, 10)
+            second = write(b, patient=True)
+            await first.wait()
+            await second.wait()
+            assert store.statistics().transactions == before + 4, "what was there already filled one"
 
 
 @pytest.mark.parametrize("who", ["who writes", "who deletes", "closing"])
