@@ -86,8 +86,12 @@ MERGED_MOST = 4096
 
 SHORT_END = 4096
 """Bytes of text, in JSON, up to which the end of a streamed answer is as urgent as its beginning. A longer one costs a
-multiple, its readers have it already, and the ends of answers that began together come together: at once, they would
-be before whoever asks next."""
+multiple, its readers have it already or get it with the end, and the ends of answers that began together come together:
+at once, they would be before whoever asks next."""
+
+SHORT_REST = 64
+"""Texts that wait in the outbox, up to which the same goes: an agent that has its answer at once writes it between two
+passes."""
 
 _ENDING = {Output, TurnEnded}
 
@@ -256,7 +260,7 @@ class Publisher:
         if self._direct:
             assert self._pacer is not None
             if type(what) is Finish:
-                self._patient = what.text is None and not what.awaited and self._unsealed > SHORT_END
+                self._patient = what.text is None and not what.awaited and self._long
             self._pacer.mark_publisher(self, urgent=type(what) is not Finish or not self._patient)
         else:
             self._work.unpark()
@@ -285,6 +289,11 @@ class Publisher:
             else:
                 check_stack(WAKE)
                 self._pacer.mark_publisher(self, urgent=self._silent)
+
+    @property
+    def _long(self) -> bool:
+        """Whether the end of what was streamed costs much. What is in the outbox is only counted: it has no size yet."""
+        return self._unsealed > SHORT_END or self._outgoing.statistics().current_buffer_used > SHORT_REST
 
     @property
     def _silent(self) -> bool:

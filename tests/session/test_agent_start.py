@@ -26,6 +26,7 @@ from gateway.protocol.log import Tails
 from gateway.protocol.messages import Event, Input, TurnEnded, TurnStarted
 from gateway.server.flusher import Flusher
 from gateway.session import Session, Turn
+from gateway.session import publisher as publisher_module
 from gateway.session.publisher import NUMBER_BLOCK, SHORT_END
 from gateway.store import MemoryStore, SessionRecord, Stored
 from gateway.store.base import Appended
@@ -127,6 +128,8 @@ async def test_an_input_and_the_start_of_its_turn_wait_for_the_store_alone() -> 
     [
         ("streamed", LONG, True, False),
         ("streamed", SHORT_END // 2, False, True),
+        ("streamed in many words at once", 10, True, False),
+        ("streamed in many words at once", 9, False, True),
         ("returned", LONG, False, True),
         ("returned after a word", LONG, False, True),
         ("returned after another text", LONG, False, True),
@@ -150,12 +153,16 @@ async def test_the_end_of_a_long_answer_is_left_to_the_flusher_once_it_was_strea
         mark(flusher, publisher, **kwargs)
 
     monkeypatch.setattr(Flusher, "mark_publisher", note)
+    # Less than an agent writes in one step: in a quiet gateway somebody comes by after each.
+    monkeypatch.setattr(publisher_module, "SHORT_REST", 8)
 
     async def agent(turn: Turn) -> str | None:
         returned = how.startswith("returned")
-        if how != "returned":
+        if how != "returned" and "many words" not in how:
             await turn.send("x" * (1 if how == "returned after a word" else length))
         await end.wait()
+        for _ in range(length if "many words" in how else 0):
+            await turn.send("x")
         if "tool" in how:
             await turn.tool_result("call_1", "something else")
         if how == "streamed, then failed":
