@@ -679,7 +679,8 @@ async def test_a_ping_flood_that_nobody_reads_is_bounded_and_reading_goes_on() -
             await peer.closed_with(1013, "overloaded")
             pongs = [payload for opcode, payload in peer.frames if opcode == PONG]
             assert pongs[:20] == [b"%03d" % number for number in range(20)]
-            assert len(pongs) <= 40
+            # The kernel may have found room for the first of them meanwhile.
+            assert len(pongs) <= 20 + 32 + 2
             assert gateway.statistics().closes == {"1013 overloaded": 1}
 
 
