@@ -58,8 +58,8 @@ class Agent:
     shape: Shape
     run: Callable[[Turn], Awaitable[str | None]] = field(repr=False)
 
-    async def __call__(self, turn: Turn) -> str | None:
-        return await self.run(turn)
+    def __call__(self, turn: Turn) -> Awaitable[str | None]:
+        return self.run(turn)
 
 
 def as_agent(obj: object, *, name: str, limiter: trio.CapacityLimiter | None = None) -> Agent:

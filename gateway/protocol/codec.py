@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import attrs
 import cattrs
 import orjson
+from cattrs.fns import identity
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 from cattrs.preconf.orjson import make_converter
 
@@ -82,6 +83,10 @@ def _structure_session_id(value: Any, _: Any) -> Any:
 
 def _origin(kind: Any) -> Any:
     return get_origin(kind)
+
+
+def _is_json(kind: Any) -> bool:
+    return kind is Any or kind in (dict[str, Any], list[Any], list[str], list[m.RequestId])
 
 
 def _make_converter() -> cattrs.Converter:
@@ -149,6 +154,9 @@ def _make_converter() -> cattrs.Converter:
         return converter.structure(value, cls)
 
     converter.register_structure_hook_func(lambda kind: kind == m.AnyEvent, structure_event)
+
+    # JSON is its own form already; cattrs would look at every value in it, and copy what contains any.
+    converter.register_unstructure_hook_func(_is_json, identity)
 
     # Unstructuring puts `type` first.
     def unstructure(cls: type, **overrides: Any) -> None:

@@ -34,7 +34,7 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, field
 
 from gateway.errors import GatewayError
 from gateway.protocol import codec
@@ -179,7 +179,7 @@ class Entry:
         return self.payload
 
 
-@frozen
+@define
 class Chunk:
     """What follows a cursor: encoded events, the cursor after them, and their size in bytes."""
 

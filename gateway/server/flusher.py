@@ -87,6 +87,8 @@ class Flusher:
         """When what is shown in this step is written."""
         self._context = copy_context()
         self._idle = False
+        self._parked = False
+        """Whether the task may be waiting: to look costs a tenth of what waking nobody does."""
         self._work = trio.lowlevel.ParkingLot()
         self._framed: tuple[Chunk, bytes] | None = None
         self._fresh = 0
@@ -100,8 +102,8 @@ class Flusher:
                 self._here.append(connection)
                 return
             (self._now if when is NOW else self._soon).connections.append(connection)
-            if when is NOW or self._idle:
-                self._work.unpark()
+            if self._parked and (when is NOW or self._idle):
+                self._wake()
 
     def mark_publisher(self, publisher: Flushable, *, urgent: bool = False) -> None:
         """Have a publisher visited: at once if it was silent for a while. Never waits."""
@@ -109,8 +111,8 @@ class Flusher:
         if publisher.dirty < when:
             publisher.dirty = when
             (self._now if when is NOW else self._soon).publishers.append(publisher)
-            if when is NOW or self._idle:
-                self._work.unpark()
+            if self._parked and (when is NOW or self._idle):
+                self._wake()
 
     def publish(self, publisher: Flushable) -> None:
         """Visit a publisher in this step. What it shows is urgent: the next scheduler pass writes it."""
@@ -151,19 +153,27 @@ class Flusher:
         while True:
             if not self._now and not self._soon:
                 self._idle = True
-                await self._work.park()
+                await self._park()
                 self._idle = False
             gap = min(GAP_MOST, GAP_FACTOR * await self._pass())
             if self._fresh > 1 and gap >= GAP_LEAST:
                 with trio.move_on_after(gap):
                     while True:
                         if not self._now:
-                            await self._work.park()
+                            await self._park()
                         else:
                             await trio.lowlevel.checkpoint()
                         self._serve_urgent()
             else:
                 await trio.lowlevel.checkpoint()
+
+    async def _park(self) -> None:
+        self._parked = True
+        await self._work.park()
+
+    def _wake(self) -> None:
+        self._parked = False
+        self._work.unpark()
 
     async def _pass(self) -> float:
         """Visit whoever waits; returns how many seconds that took, without those of others in between."""

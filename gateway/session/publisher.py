@@ -38,7 +38,7 @@ from typing import Protocol
 
 import structlog
 import trio
-from attrs import define, field, frozen
+from attrs import define, field
 
 from gateway.config import Limits
 from gateway.errors import StoreError, StoreFenced, StoreUnavailable, StoreUnusable
@@ -96,7 +96,7 @@ passes."""
 _ENDING = {Output, TurnEnded}
 
 
-@frozen
+@define
 class Finish:
     """The end of a turn, as the engine hands it in: expands to the outputs that are left, then the `turn_ended`.
 
@@ -146,7 +146,7 @@ class _Sealed:
         return len(head) == self.characters and blake2b(head.encode(), digest_size=16).digest() == self._state.digest()
 
 
-@frozen
+@define
 class _Item:
     """Something for the intake. `digest` and `on_busy` go with an `Input` to the store."""
 
@@ -188,7 +188,7 @@ class Publisher:
 
     Attributes:
         outbox: where the agent writes; whoever does calls `mark` then.
-        dirty, visited_at: the pacer's; `dirty` is 0 once it has come by.
+        dirty, visited_at: the pacer's; `dirty` is 0 once it, or without it the task, has come by.
     """
 
     def __init__(
@@ -279,6 +279,7 @@ class Publisher:
         """
         if self._pacer is None:
             check_stack(WAKE)
+            self.dirty = 1
             self._work.unpark()
         elif not self.dirty:
             if not self._spoken and not self._working:
@@ -292,7 +293,7 @@ class Publisher:
 
     @property
     def _long(self) -> bool:
-        """Whether the end of what was streamed costs much. What is in the outbox is only counted: it has no size yet."""
+        """Whether the end of what was streamed costs much. What is in the outbox is counted: it has no size yet."""
         return self._unsealed > SHORT_END or self._outgoing.statistics().current_buffer_used > SHORT_REST
 
     @property
@@ -315,7 +316,7 @@ class Publisher:
 
         With nothing to retry it is believed to be back after a pause: the next input finds out.
         """
-        return self._retrying or trio.current_time() < self._try_again_at
+        return self._unavailable and (self._retrying or trio.current_time() < self._try_again_at)
 
     @property
     def idle(self) -> bool:
@@ -336,6 +337,8 @@ class Publisher:
                 if self._error is not None:
                     raise self._error
                 if self._handed is None:
+                    if self._pacer is None:
+                        self.dirty = 0
                     batch, self._batch = self._batch or self._collect(), []
                     self._working = bool(batch)
                     if batch:
@@ -348,11 +351,7 @@ class Publisher:
         if self._error is not None:
             return  # the session is about to end: nothing comes after what could not be shown
         if self._stored_it:
-            assert self._handed is not None
-            (batch, self._reserved, _), self._handed = self._handed, None
-            self._stored_it = False
-            self._show(batch)
-            self._working = False
+            self._show_handed()
         if self._working:
             return  # whatever comes now is taken when that is through
         batch = self._collect()
@@ -362,6 +361,14 @@ class Publisher:
                 self._hand_over(batch)
             else:
                 self._give_to_task(batch)
+
+    def _show_handed(self) -> None:
+        """Show what the store was handed, and has stored."""
+        assert self._handed is not None
+        (batch, self._reserved, _), self._handed = self._handed, None
+        self._stored_it = False
+        self._show(batch)
+        self._working = False
 
     def _hand_over(self, batch: list[_Numbered]) -> None:
         stored, reserved = self._what_to_store(batch)
@@ -375,7 +382,7 @@ class Publisher:
             self._appended(exc)
         else:
             if self._stored_it:
-                self.flush()
+                self._show_handed()
 
     def _appended(self, error: StoreError | None) -> None:
         """The store is through with what it was handed."""

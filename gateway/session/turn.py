@@ -201,8 +201,10 @@ class Turn:
                 self._unyielded = 0
                 await self._put((self.turn_id, channel, text))
             else:
-                if not self._publisher.dirty:
-                    self._publisher.mark()
+                publisher = self._publisher
+                if not publisher.dirty:
+                    self._unyielded = 0  # somebody came by, which nobody does while this agent runs
+                    publisher.mark()
 
     async def reason(self, text: str) -> None:
         """`send` on the channel ``reasoning``."""

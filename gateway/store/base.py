@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 
 from gateway.config import HOUR_MS, MIB
 from gateway.errors import StoreError
@@ -44,7 +44,7 @@ class SessionRecord:
     created_at: int
 
 
-@frozen
+@define
 class Stored:
     """One durable event to write: numbered, with its JSON (``first == seq``).
 

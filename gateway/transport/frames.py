@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from attrs import frozen
+from attrs import define
 
 TEXT, BINARY, CONTINUATION, CLOSE, PING, PONG = 1, 2, 0, 8, 9, 10
 
@@ -46,18 +46,17 @@ def unmask(data: bytes | bytearray, key: bytes | bytearray) -> bytes:
     return (int.from_bytes(data, "little") ^ int.from_bytes(pad[:size], "little")).to_bytes(size, "little")
 
 
-@frozen
+@define
 class Head:
-    """A frame's header: where its payload starts and ends in the buffer, and what it is."""
+    """A frame's header: where its payload starts and ends in the buffer, and what it is.
+
+    Not frozen, like everything that is made for each message or event: attrs takes 0.06 µs longer for a frozen field.
+    """
 
     opcode: int
     final: bool
     start: int
     end: int
-
-    @property
-    def control(self) -> bool:
-        return self.opcode >= 8
 
 
 def parse_head(buffer: bytearray, at: int) -> Head | None:

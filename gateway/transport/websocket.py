@@ -265,21 +265,23 @@ class ServerWebSocket:
     def _split(self) -> None:
         """Take whole frames out of the buffer, up to a batch of messages or the end of the connection."""
         buffer = self._buffer
+        have = len(buffer)
         at = taken = count = 0
         try:
-            while not self._read_over and count < BATCH_MESSAGES and taken < BATCH_BYTES:
+            while at < have and not self._read_over and count < BATCH_MESSAGES and taken < BATCH_BYTES:
                 head = parse_head(buffer, at)
                 if head is None:
                     break
-                if not head.control and not self._wanted(head):
-                    self._skip = max(0, head.end - len(buffer))
-                    at = min(head.end, len(buffer))
+                control = head.opcode >= CLOSE
+                if not control and not self._wanted(head):
+                    self._skip = max(0, head.end - have)
+                    at = min(head.end, have)
                     continue
-                if head.end > len(buffer):
+                if head.end > have:
                     break
                 at = head.end
                 payload = unmask(buffer[head.start : at], buffer[head.start - 4 : head.start])
-                if head.control:
+                if control:
                     self._take_control(head.opcode, payload)
                     continue
                 if head.opcode == TEXT and head.final:

@@ -28,6 +28,7 @@ from gateway.server.flusher import Flusher
 from gateway.session import Session, Turn
 from gateway.session import publisher as publisher_module
 from gateway.session.publisher import NUMBER_BLOCK, SHORT_END
+from gateway.session.turn import YIELD_EVERY
 from gateway.store import MemoryStore, SessionRecord, Stored
 from gateway.store.base import Appended
 
@@ -188,6 +189,37 @@ async def test_the_end_of_a_long_answer_is_left_to_the_flusher_once_it_was_strea
         assert (log.head > before) is at_once
         await settle()
         assert TurnEnded in [type(event) for event in log]
+
+
+class Steps(trio.abc.Instrument):
+    """Counts the steps of the task that is `watched`."""
+
+    watched: trio.lowlevel.Task | None = None
+    count = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.count += task is self.watched
+
+
+@pytest.mark.parametrize(("pauses", "steps"), [(True, 200), (False, 200 // YIELD_EVERY)])
+async def test_an_agent_that_lets_others_run_is_not_made_to_do_so_besides(pauses: bool, steps: int) -> None:
+    store = SlowStore()
+    counter = Steps()
+
+    async def agent(turn: Turn) -> None:
+        counter.watched = trio.lowlevel.current_task()
+        for _ in range(200):
+            await turn.send("word ")
+            if pauses:
+                await trio.lowlevel.checkpoint()
+
+    async with open_flushed(agent, store, []) as bench:
+        trio.lowlevel.add_instrument(counter)
+        bench.send("r1")
+        await settle()
+        trio.lowlevel.remove_instrument(counter)
+        assert TurnEnded in [type(event) for event in bench.session.log]
+        assert counter.count == steps
 
 
 @pytest.mark.parametrize("what", ["an input", "text"])
