@@ -109,6 +109,8 @@ def _shape_of(obj: Callable[..., Any]) -> Shape:
     target: Any = obj
     while isinstance(target, functools.partial):
         target = target.func
+    if isinstance(target, Agent):
+        return "async function"
     if not (inspect.isroutine(target) or inspect.isclass(target)):
         target = type(target).__call__
         while isinstance(target, functools.partial | functools.partialmethod):

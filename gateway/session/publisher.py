@@ -59,7 +59,7 @@ from gateway.protocol.messages import (
 )
 from gateway.protocol.view import SessionView
 from gateway.session.sources import Sources
-from gateway.session.stack import DELIVER, WAKE, check_stack
+from gateway.session.stack import DELIVER, WAKE, check_stack, has_room
 from gateway.store import Store, Stored
 
 NUMBER_BLOCK = 16_384
@@ -76,7 +76,8 @@ Text = tuple[str, str, str]
 """Turn id, channel and text of one `Turn.send`. There are so many of them that each being an event would show."""
 
 Done = Callable[[Event | None], None]
-"""Called once, synchronously: with the event when it has become visible, or with None when it could not be stored."""
+"""Called once, synchronously: with the event when it has become visible, or with None when it could not be stored. It
+may `enqueue` what follows, which the pacer's next pass takes; it must not `hurry`."""
 
 _log = structlog.get_logger(__name__)
 
@@ -90,8 +91,8 @@ multiple, its readers have it already or get it with the end, and the ends of an
 at once, they would be before whoever asks next."""
 
 SHORT_REST = 64
-"""Texts that wait in the outbox, up to which the same goes: an agent that has its answer at once writes it between two
-passes."""
+"""Entries in the outbox up to which the same goes: an agent that has its answer at once writes it between two passes.
+With a smaller `max_outbox` the publisher has come by."""
 
 _ENDING = {Output, TurnEnded}
 
@@ -239,7 +240,7 @@ class Publisher:
         self._handed: tuple[list[_Numbered], int, bool] | None = None
         """A batch that the store was given, the reservation that goes with it, and whether it is patient."""
         self._patient = False
-        """Whether the turn has ended and nobody waits for that: a long answer that its readers have."""
+        """Whether the turn has ended and nobody waits for that: a long answer that its readers have, or get with it."""
         self._stored_it = False
         self._failed: StoreError | None = None
         """How storing the task's batch has ended before it got it."""
@@ -282,9 +283,8 @@ class Publisher:
             self.dirty = 1
             self._work.unpark()
         elif not self.dirty:
-            if not self._spoken and not self._working:
+            if not self._spoken and not self._working and has_room(DELIVER):
                 # What its reader waits for. A pass of the scheduler later is a millisecond or two when others stream.
-                check_stack(DELIVER)
                 self._spoken = True
                 self._pacer.deliver(self)
             else:

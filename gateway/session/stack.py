@@ -20,3 +20,12 @@ def check_stack(calls: int) -> None:
     """
     if calls:
         check_stack(calls - 1)
+
+
+def has_room(calls: int) -> bool:
+    """Whether there is room for so many calls, for what can be done in a shorter way as well."""
+    try:
+        check_stack(calls)
+    except RecursionError:
+        return False
+    return True

@@ -198,13 +198,14 @@ class Turn:
             try:
                 self._outbox.send_nowait((self.turn_id, channel, text))
             except (trio.WouldBlock, trio.BrokenResourceError):
-                self._unyielded = 0
                 await self._put((self.turn_id, channel, text))
+                self._unyielded = 0
             else:
                 publisher = self._publisher
                 if not publisher.dirty:
-                    self._unyielded = 0  # somebody came by, which nobody does while this agent runs
+                    # Somebody came by, so others ran since the last time. After the call: one that fails is no pause.
                     publisher.mark()
+                    self._unyielded = 0
 
     async def reason(self, text: str) -> None:
         """`send` on the channel ``reasoning``."""

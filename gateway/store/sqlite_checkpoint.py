@@ -23,10 +23,10 @@ EVERY = 4 * MIB
 less. With 32 MiB a page that is copied has left the processor's cache, the disk gets them all at once, and whoever asks
 meanwhile waits: the slowest first delta in a hundred came after 1.2 times as long."""
 
-OPERATION, PAYLOAD, JOB = 5 * 4096, 2, 8 * MIB
+OPERATION, PAYLOAD, JOB = 5 * 4096, 2, EVERY
 """What is counted for a write: bytes for an operation (its session's row, inputs and newest events, each in another
-page) and for each byte of payload (an old one goes when it comes), and for a purge. Rather too much than too little: at
-64 MiB SQLite does its own checkpoint in a COMMIT."""
+page) and for each byte of payload (an old one goes when it comes), and for a purge, after which one is due. Rather too
+much than too little: at 64 MiB SQLite does its own checkpoint in a COMMIT."""
 
 FEW, PASSES = 64, 5
 """A pass that has copied no more pages than that was the last: little has come meanwhile. And how many passes there are

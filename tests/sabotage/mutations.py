@@ -93,7 +93,7 @@ MUTATIONS = (
         "torn at the recursion limit",
         "what an agent calls begins although there may be no room on the stack to end it",
         "gateway/session/publisher.py",
-        "                check_stack(DELIVER)\n",
+        " and has_room(DELIVER)",
         "",
         (f"{EMBEDDING}::test_an_agent_that_meets_the_recursion_limit_anywhere_harms_nobody",),
     ),

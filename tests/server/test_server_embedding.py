@@ -23,6 +23,7 @@ from gateway.errors import BindError, ConfigError, GatewayError
 from gateway.server import Gateway
 from gateway.server.connection import Connection
 from gateway.session import Session, Turn
+from gateway.session.turn import YIELD_EVERY
 from gateway.store import MemoryStore, Store
 from gateway.store.sqlite import SqliteStore
 
@@ -422,6 +423,46 @@ async def test_an_agent_that_meets_the_recursion_limit_anywhere_harms_nobody(
             assert (await client.until("turn_ended", turn_id=turn_id))["outcome"] == "completed"
         await other.ask("ping", "pong")
         await (await in_memory(gateway)).ask("ping", "pong")
+
+
+@pytest.mark.parametrize("spoken", [False, True])
+async def test_an_agent_at_the_recursion_limit_that_tries_again_lets_others_run(spoken: bool) -> None:
+    """It catches what it gets and never waits of its own accord."""
+    ticks = refused = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await trio.lowlevel.checkpoint()
+            ticks += 1
+
+    async def agent(turn: Turn) -> None:
+        async def deep(n: int) -> None:
+            nonlocal refused
+            before = ticks
+            if n:
+                await deep(n - 1)
+            for _ in range(0 if n else 10 * YIELD_EVERY):
+                try:
+                    await turn.send("x")
+                except RecursionError:
+                    refused += 1
+            assert n or ticks - before >= 8
+
+        if spoken:
+            await turn.send("x")
+        with suppress(RecursionError):
+            await deep(int(turn.input.content))
+
+    async with gateway_of(agent, listen=False) as gateway, trio.open_nursery() as nursery:
+        nursery.start_soon(tick)
+        client = await in_memory(gateway)
+        limit = sys.getrecursionlimit()
+        for n in range(limit - 110, limit):
+            await client.message(str(n), f"r{n}")
+            assert (await client.until("turn_ended"))["outcome"] == "completed"
+        assert refused > 100
+        nursery.cancel_scope.cancel()
 
 
 async def test_an_agent_without_end_fails_as_any_other() -> None:
