@@ -168,6 +168,25 @@ def generator(results: Results) -> str:
     return text
 
 
+def pace(results: Results) -> str:
+    """How this machine, in this hour, compares with the one on which the targets were set: by what the peers took."""
+    ratios = [
+        Spread.of(measured[figure.name] for measured in rounds).median / then
+        for name, by_system in results.runs.items()
+        for figure in WORKLOADS[name].figures
+        for peer, then in figure.then.items()
+        if (rounds := by_system.get(peer))
+    ]
+    if not ratios:
+        return ""
+    all_ = Spread.of(ratios)
+    return (
+        f"When the targets were set, on another machine, three peers were measured as well; here they take "
+        f"{number(all_.median)} times as much (median of {len(ratios)} figures, {number(all_.low)} to "
+        f"{number(all_.high)}). The targets are not adjusted for that."
+    )
+
+
 BUSY = 0.7
 """Of a core: what is left takes up bursts, and what else runs."""
 
@@ -220,6 +239,7 @@ def section(document: Mapping[str, Any]) -> str:
             f"{document['rounds']} rounds; in each cell the median, and below it the lowest and the highest."
         ),
         generator(results),
+        *filter(None, [pace(results)]),
         "![Server CPU per unit of work, for each system](../images/performance.svg)",
         matrix(results),
         "### Sizing",

@@ -15,6 +15,7 @@ class Figure:
         best: whether less or more of it is better.
         targets: system → the bound that its median has to keep.
         times: system → peer and the factor by which it has to be better than that peer's median.
+        then: peer → what it took when the targets were set, on another machine in another hour.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Figure:
     best: Literal["low", "high"] = "low"
     targets: dict[str, float] = field(default_factory=dict)
     times: dict[str, tuple[str, float]] = field(default_factory=dict)
+    then: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Workload:
 
 def _both(bound: float) -> dict[str, float]:
     return {"gateway": bound, "gateway-memory": bound}
+
+
+def _then(trio_websocket: float, starlette: float, ws: float) -> dict[str, float]:
+    return {"trio-websocket": trio_websocket, "starlette": starlette, "ws": ws}
 
 
 def _twenty_times(peer: str) -> dict[str, tuple[str, float]]:
@@ -74,7 +80,7 @@ _PLAIN = (
         "stream",
         {"clients": 100, "count": 200, "interval_ms": None, "seconds": 2.0},
         {"seconds": 1.0},
-        _STREAM,
+        (replace(_STREAM[0], then=_then(26, 9.0, 8.1)), *_STREAM[1:]),
     ),
     Workload(
         "ask",
@@ -93,7 +99,11 @@ _PLAIN = (
         "fan",
         {"clients": 500, "burst": 1, "seconds": 2.0},
         {"seconds": 1.0},
-        (Figure("cpu_us_per_delivery", "server CPU per delivery", "µs", targets=_both(10.0)),),
+        (
+            Figure(
+                "cpu_us_per_delivery", "server CPU per delivery", "µs", targets=_both(10.0), then=_then(37, 10.6, 8.0)
+            ),
+        ),
     ),
     Workload(
         "bursts",
@@ -109,7 +119,7 @@ _PLAIN = (
         "ping",
         {"clients": 32, "seconds": 2.0},
         {"seconds": 1.0},
-        (Figure("cpu_us_per_ping", "server CPU per round trip", "µs", targets=_both(25.0)),),
+        (Figure("cpu_us_per_ping", "server CPU per round trip", "µs", targets=_both(25.0), then=_then(57, 20, 11)),),
     ),
     Workload(
         "turn",
@@ -128,7 +138,11 @@ _PLAIN = (
         "hello",
         {"clients": 1000},
         {"clients": 200},
-        (Figure("cpu_us_per_hello", "server CPU per connection", "µs", targets=_both(500.0)),),
+        (
+            Figure(
+                "cpu_us_per_hello", "server CPU per connection", "µs", targets=_both(500.0), then=_then(425, 353, 247)
+            ),
+        ),
     ),
     Workload(
         "idle",
@@ -169,7 +183,7 @@ OVER_TLS = ("stream", "fan-out", "ping", "connect")
 
 def _over_tls(plain: Workload) -> Workload:
     # Targets are for the plain line.
-    cost = replace(plain.figures[0], targets={}, times={})
+    cost = replace(plain.figures[0], targets={}, times={}, then={})
     name, title, parameters = f"{plain.name}-tls", f"{plain.title}, over TLS", plain.parameters
     if plain.name == "connect":  # the load generator's own part of a TLS handshake takes most of the time
         title, parameters = title.replace("1,000", "200"), {**parameters, "clients": 200}

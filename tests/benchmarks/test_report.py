@@ -67,6 +67,12 @@ def test_a_bound_may_be_reached(best: str, median: float, said: str) -> None:
     assert report.verdict(figure, "ws", {"ws": median}) is None
 
 
+def test_the_page_says_how_fast_the_machine_is_beside_the_one_of_the_targets() -> None:
+    assert report.pace(made_up()) == ""
+    results = Results({"bulk": {"ws": [measured(16.2, 1)], "trio-websocket": [measured(39.0, 1)]}}, [])
+    assert "here they take 1.75 times as much (median of 2 figures, 1.50 to 2.00)" in report.pace(results)
+
+
 def test_the_page_has_a_column_for_each_peer_and_says_what_failed() -> None:
     text = report.section(document())
     head = next(line for line in text.splitlines() if line.startswith("| workload"))
