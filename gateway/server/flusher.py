@@ -105,9 +105,10 @@ class Flusher:
             if self._parked and (when is NOW or self._idle):
                 self._wake()
 
-    def mark_publisher(self, publisher: Flushable, *, urgent: bool = False) -> None:
-        """Have a publisher visited: at once if it was silent for a while. Never waits."""
-        when = NOW if urgent or self._timer() - publisher.visited_at > SILENCE else SOON
+    def mark_publisher(self, publisher: Flushable, *, urgent: bool = False, patient: bool = False) -> None:
+        """Have a publisher visited: soon, unless it is `patient`, if it was silent for a while. Never waits."""
+        silent = not patient and self._timer() - publisher.visited_at > SILENCE
+        when = NOW if urgent or silent else SOON
         if publisher.dirty < when:
             publisher.dirty = when
             (self._now if when is NOW else self._soon).publishers.append(publisher)

@@ -169,8 +169,9 @@ class _Numbered:
 class Pacer(Protocol):
     """Decides when publishers are flushed."""
 
-    def mark_publisher(self, publisher: Publisher, *, urgent: bool = False) -> None:
-        """Have `Publisher.flush` called soon, or with the next pass of the scheduler."""
+    def mark_publisher(self, publisher: Publisher, *, urgent: bool = False, patient: bool = False) -> None:
+        """Have `Publisher.flush` called soon; with the next pass of the scheduler if `urgent`, or not visited lately and
+        not `patient`."""
 
     def publish(self, publisher: Publisher) -> None:
         """Call `Publisher.flush` in this step; readers are written to in the next pass of the scheduler."""
@@ -260,9 +261,9 @@ class Publisher:
         self._intake.append(_Item(what, done, digest, on_busy))
         if self._direct:
             assert self._pacer is not None
-            if type(what) is Finish:
-                self._patient = what.text is None and not what.awaited and self._long
-            self._pacer.mark_publisher(self, urgent=type(what) is not Finish or not self._patient)
+            patient = type(what) is Finish and what.text is None and not what.awaited and self._long
+            self._patient = self._patient or patient
+            self._pacer.mark_publisher(self, urgent=not patient, patient=patient)
         else:
             self._work.unpark()
 
@@ -391,7 +392,8 @@ class Publisher:
         if error is None:
             self._stored_it = True
             if self._handed[2] and not self._intake:
-                self._pacer.mark_publisher(self)
+                # However long the store took: those that come together stay together, behind who asks now.
+                self._pacer.mark_publisher(self, patient=True)
             else:
                 self._pacer.deliver(self)
         else:

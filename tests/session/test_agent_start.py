@@ -24,7 +24,7 @@ from gateway.config import Limits
 from gateway.errors import StoreFenced, StoreUnusable
 from gateway.protocol.log import Tails
 from gateway.protocol.messages import Event, Input, TurnEnded, TurnStarted
-from gateway.server.flusher import Flusher
+from gateway.server.flusher import SILENCE, SOON, Flusher
 from gateway.session import Session, Turn
 from gateway.session import publisher as publisher_module
 from gateway.session.publisher import NUMBER_BLOCK, SHORT_END
@@ -141,7 +141,12 @@ async def test_an_input_and_the_start_of_its_turn_wait_for_the_store_alone() -> 
     ],
 )
 async def test_the_end_of_a_long_answer_is_left_to_the_flusher_once_it_was_streamed(
-    how: str, length: int, patient: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch
+    how: str,
+    length: int,
+    patient: bool,
+    at_once: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
 ) -> None:
     """Its readers have the text. Whatever somebody waits for is shown in the step that says that it is stored."""
     store = SlowStore()
@@ -185,8 +190,11 @@ async def test_the_end_of_a_long_answer_is_left_to_the_flusher_once_it_was_strea
         if how == "streamed, and a message comes while the end is stored":
             bench.send("r2")
         before = log.head
+        await trio.sleep(2 * SILENCE)
         store.finish()
         assert (log.head > before) is at_once
+        if patient and not at_once:
+            assert bench.session.publisher.dirty == SOON
         await settle()
         assert TurnEnded in [type(event) for event in log]
 
