@@ -18,10 +18,9 @@ from gateway.config import MIB
 
 _log = structlog.get_logger(__name__)
 
-EVERY = 4 * MIB
+EVERY = 8 * MIB
 """Bytes written between two checkpoints. Each costs two syncs, and a page that changed often is copied once, so not
-less. With 32 MiB a page that is copied has left the processor's cache, the disk gets them all at once, and whoever asks
-meanwhile waits: the slowest first delta in a hundred came after 1.2 times as long."""
+less. With 32 MiB what is copied has left the processor's cache, and the disk gets it all at once."""
 
 OPERATION, PAYLOAD, JOB = 5 * 4096, 2, EVERY
 """What is counted for a write: bytes for an operation (its session's row, inputs and newest events, each in another
