@@ -170,8 +170,8 @@ class Pacer(Protocol):
     """Decides when publishers are flushed."""
 
     def mark_publisher(self, publisher: Publisher, *, urgent: bool = False, patient: bool = False) -> None:
-        """Have `Publisher.flush` called soon; with the next pass of the scheduler if `urgent`, or not visited lately and
-        not `patient`."""
+        """Have `Publisher.flush` called soon, or with the scheduler's next pass: if it is `urgent`, or was not visited
+        lately and is not `patient`."""
 
     def publish(self, publisher: Publisher) -> None:
         """Call `Publisher.flush` in this step; readers are written to in the next pass of the scheduler."""
