@@ -73,6 +73,7 @@ async def with_option(turn: Turn, *, greeting: str) -> str:
         (functools.partial(with_option, greeting="partial"), "async function", "partial Hello", ""),
         (functools.partial(functools.partial(async_generator)), "async generator", None, "async Hello"),
         (functools.partial(Object("inner")), "async function", "inner Hello", ""),
+        (functools.partial(as_agent(function, name="inner")), "async function", "sync Hello", "x"),
         (lambda turn: "lambda", "function", "lambda", ""),
     ],
 )

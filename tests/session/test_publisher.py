@@ -155,6 +155,31 @@ async def test_an_idle_session_finds_out_that_the_store_is_back(autojump_clock: 
         assert [entry["event"] for entry in logs] == ["store_unavailable", "store_available_again"]
 
 
+async def test_new_messages_are_refused_while_a_batch_is_tried_again(autojump_clock: Any) -> None:
+    """Also during the try itself, when the pause before it is over."""
+    go = trio.Event()
+
+    async def agent(turn: Turn) -> None:
+        await go.wait()
+        await turn.output("said")
+
+    async with open_bench(agent) as bench:
+        bench.send("r1")
+        await settle()
+        bench.store.unavailable = True
+        with capture_logs():
+            go.set()
+            await settle()
+            bench.store.hold()
+            await trio.sleep(2)
+            bench.send("r2")
+            assert [frame.code for frame in bench.reader.got(Error)] == ["unavailable"]
+            bench.store.unavailable = False
+            bench.store.release()
+            await settle()
+        assert bench.ends == ["completed"]
+
+
 async def test_a_running_turns_events_are_tried_again_in_order(autojump_clock: Any) -> None:
     async def agent(turn: Turn) -> None:
         for i in range(50):
