@@ -19,7 +19,8 @@ does it when the agent is through; `stop_turn` says why it should be (the first 
 within ``stop_timeout``, the loop does it. An agent that is still there then is on its own: it can write nothing any
 more, and its task belongs to no turn.
 A turn's time is watched by one cancel scope around the whole loop. Its deadline may be early, that of a turn before:
-then the loop looks, and goes on. A scope for each turn would cost a tenth of a short one.
+then the loop looks, and goes on. In the same way all agents run in one nursery, whose scope stops them, until one is
+stopped; the next one gets another. Entering a scope for each turn would cost, for either, a twentieth of a short one.
 The tasks start with the first input; a session that is only joined has none.
 
 What fails in the engine itself (a store that contradicts it) ends the session: in one step nothing of it can write
@@ -144,6 +145,9 @@ class Session:
         self._life = trio.CancelScope()
         self._timer = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
+        self._agents: trio.Nursery | None = None
+        """Where the next agent starts: the nursery of those before, None if one of them was stopped."""
+        self._turn_over = trio.lowlevel.ParkingLot()
         self._work = trio.lowlevel.ParkingLot()
         """Where the turn loop waits. Unparked by whatever may let it go on; it looks for itself what there is to do."""
         self._inbox = Inbox(max(limits.max_inbox, len(stored.queue) if stored else 0))
@@ -237,7 +241,7 @@ class Session:
                 if (turn := self.turn) is not None:
                     self.turn = None
                     turn._closed = True
-                    turn._ended.set()
+                    self._turn_over.unpark_all()
                 self._life.cancel()
                 self._on_failed(self, exc)
                 self.recovered.set()
@@ -563,7 +567,9 @@ class Session:
         """
         if turn._stop_reason is None and not turn._closed:
             turn._stop_reason = reason
-            turn._scope.cancel()
+            if turn._agents is not None:
+                turn._agents.cancel_scope.cancel()
+                self._agents = None
             self._until(turn, trio.current_time() + self.limits.stop_timeout_ms / 1000)
 
     def answer(self, frame: Answer, reader: Reader) -> None:
@@ -671,7 +677,7 @@ class Session:
         turn._closed = turn._discarded = True
         for reply in turn._on_ended:
             reply()
-        turn._ended.set()
+        self._turn_over.unpark_all()
         self._work.unpark()
 
     def _start_agent(self, turn: Turn) -> None:
@@ -689,7 +695,11 @@ class Session:
             self._limit_detached(turn)
         # Owned by the session; ends by itself, or by `stop_turn`. Its own task, so that an agent that does not react to
         # its cancellation cannot wedge the session; in the session's context variables, whoever has shown its start.
-        self._context.run(self._nursery.start_soon, self._run_agent, turn)
+        turn._agents = self._agents
+        if turn._agents is not None:
+            self._context.run(turn._agents.start_soon, self._run_agent, turn)
+        else:
+            self._context.run(self._nursery.start_soon, self._host_agents, turn)
 
     # a turn's time
 
@@ -715,15 +725,27 @@ class Session:
             _log.error("agent_ignores_cancellation", session_id=self.record.session_id, turn_id=turn.turn_id)
             self._close_turn(turn)
 
+    async def _host_agents(self, first: Turn) -> None:
+        """Run this turn's agent, and those of later turns, until one of them was stopped and is through."""
+        if first._stop_reason is None:
+            async with trio.open_nursery() as agents:
+                first._agents = self._agents = agents
+                agents.start_soon(self._run_agent, first)
+                await trio.sleep_forever()
+            stopped = self.turn if self.turn is not None and self.turn._agents is agents else None
+        else:
+            stopped = first
+        # Not in a `finally`: a turn whose session is cancelled has no end, and is lost.
+        if stopped is not None and not stopped._closed:
+            self._close_turn(stopped)
+
     async def _run_agent(self, turn: Turn) -> None:
         try:
             if turn._stop_reason is None:
-                with turn._scope:
-                    turn._take_result(await self._agent(turn))
-        # `except*`: what an agent raises while the whole gateway is cancelled comes in one group with that.
+                turn._take_result(await self._agent(turn))
+        # `except*`: what an agent raises when it is cancelled comes in one group with that.
         except* AGENT_ERRORS as group:
             turn._failure = self._explain(turn, group)
-        # Not in a `finally`: a turn whose session is cancelled has no end, and is lost.
         if not turn._closed:
             self._close_turn(turn)
 
@@ -752,7 +774,8 @@ class Session:
             self.idle_since = trio.current_time()
             for reply in turn._on_ended:
                 reply()
-            turn._ended.set()
+            if self._turn_over:
+                self._turn_over.unpark_all()
             if self._inbox.waiting:
                 self._work.unpark()
 
@@ -763,7 +786,8 @@ class Session:
         """Wait until no turn runs, at most `timeout` seconds; then end it as ``interrupted`` and wait for that."""
         with trio.move_on_after(timeout):
             while self.turn is not None:
-                await self.turn._ended.wait()
+                await self._turn_over.park()
         if (turn := self.turn) is not None:
             self.stop_turn(turn, "interrupted")
-            await turn._ended.wait()
+            while self.turn is turn:
+                await self._turn_over.park()

@@ -111,10 +111,9 @@ class Turn:
         self._running = False
         self._closed = False
         self._discarded = False
-        self._scope = trio.CancelScope()
+        self._agents: trio.Nursery | None = None
         self._deadline = self._max_deadline = inf
         self._started = False
-        self._ended = trio.Event()
         self._stop_reason: str | None = None
         self._result: str | None = None
         self._failure: ErrorInfo | None = None

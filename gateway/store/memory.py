@@ -14,7 +14,7 @@ from gateway.protocol.keys import Key
 from gateway.protocol.messages import Answered, Ask, Event, Input, State, TurnStarted, Withdrawn
 from gateway.protocol.patch import merge_patch
 from gateway.store.base import Appended, Purged, Retention, SessionRecord, Store, Stored, StoredInput, StoredSession
-from gateway.store.facts import OpenInput, check, fold, retried
+from gateway.store.facts import FOLDED, OpenInput, check, fold, retried
 
 
 @define(eq=False)
@@ -145,12 +145,16 @@ class MemoryStore(Store):
         if again := retried(batch):
             session.reopen(again)
         turn = session.turn.seq if session.turn else None
+        events = session.events
+        folded = False
         for item in batch:
             event = item.event
-            session.events.append((event, len(item.payload), item.on_busy))
-            session.size += len(item.payload)
+            size = len(item.payload)
+            events.append((event, size, item.on_busy))
+            session.size += size
             session.head = event.seq
-            session.active_at = max(session.active_at, event.at)
+            if event.at > session.active_at:
+                session.active_at = event.at
             if type(event) is Input:
                 assert item.digest is not None
                 session.inputs[event.seq] = _Input(event.request_id, stored=StoredInput(event, item.on_busy))
@@ -163,18 +167,20 @@ class MemoryStore(Store):
                 session.asks[event.ask_id] = None
             elif type(event) is Answered:
                 session.asks.pop(event.ask_id, None)
-            else:
+            elif type(event) in FOLDED:
+                folded = True
                 turn = fold(event, session.inputs, turn)
                 if type(event) is TurnStarted:
                     session.turn = event
                 elif turn is None:
                     session.turn = None
                     session.asks.clear()
-        for seq in [seq for seq, kept in session.inputs.items() if kept.done]:
-            del session.inputs[seq]
+        if folded:
+            for seq in [seq for seq, kept in session.inputs.items() if kept.done]:
+                del session.inputs[seq]
         session.reserved = max(session.reserved, reserved, session.head)
-        while len(session.events) > 1 and (len(session.events) > self._max_events or session.size > self._max_bytes):
-            event, size, _ = session.events.popleft()
+        while (len(events) > self._max_events or session.size > self._max_bytes) and len(events) > 1:
+            event, size, _ = events.popleft()
             session.floor = event.seq
             session.size -= size
         return True

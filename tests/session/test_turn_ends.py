@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -301,6 +302,43 @@ async def test_the_agents_children_are_finished_before_the_end_is_visible() -> N
         await settle()
         assert finished == ["child"] * 3
         assert bench.ends == ["aborted"]
+
+
+@pytest.mark.parametrize("left", ["scope", "generator"])
+async def test_a_cancel_scope_that_an_agent_leaves_open_does_not_reach_the_next_turn(
+    left: str, autojump_clock: Any
+) -> None:
+    kept: list[Any] = []
+
+    async def pieces() -> AsyncIterator[str]:
+        with trio.fail_after(5):
+            yield "one"
+            yield "two"
+
+    async def agent(turn: Turn) -> str:
+        if turn.input.content != "leave":
+            await trio.sleep(20)
+            return "slept"
+        if left == "scope":
+            kept.append(trio.fail_after(5))
+            kept[0].__enter__()
+        else:
+            kept.append(pieces())
+            assert await anext(kept[0]) == "one"
+        return "left"
+
+    async with open_bench(agent) as bench:
+        bench.send("r1", "leave")
+        await settle()
+        bench.send("r2", "sleep")
+        await trio.sleep(30)
+        assert bench.ends == ["completed", "completed"]
+        assert bench.reader.of(Output)[-1].content == "slept"
+        bench.send("r3", "sleep")
+        await settle()
+        bench.abort()
+        await settle()
+        assert bench.ends[2:] == ["aborted"]
 
 
 async def test_an_interrupt_keeps_what_was_said_and_thought() -> None:
