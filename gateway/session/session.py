@@ -727,17 +727,14 @@ class Session:
 
     async def _host_agents(self, first: Turn) -> None:
         """Run this turn's agent, and those of later turns, until one of them was stopped and is through."""
-        if first._stop_reason is None:
-            async with trio.open_nursery() as agents:
-                first._agents = self._agents = agents
-                agents.start_soon(self._run_agent, first)
-                await trio.sleep_forever()
-            stopped = self.turn if self.turn is not None and self.turn._agents is agents else None
-        else:
-            stopped = first
+        async with trio.open_nursery() as agents:
+            first._agents = self._agents = agents
+            agents.start_soon(self._run_agent, first)
+            await trio.sleep_forever()
+        turn = self.turn
         # Not in a `finally`: a turn whose session is cancelled has no end, and is lost.
-        if stopped is not None and not stopped._closed:
-            self._close_turn(stopped)
+        if turn is not None and turn._agents is agents and not turn._closed:
+            self._close_turn(turn)
 
     async def _run_agent(self, turn: Turn) -> None:
         try:
@@ -785,9 +782,11 @@ class Session:
     async def finish_turn(self, timeout: float) -> None:
         """Wait until no turn runs, at most `timeout` seconds; then end it as ``interrupted`` and wait for that."""
         with trio.move_on_after(timeout):
-            while self.turn is not None:
-                await self._turn_over.park()
-        if (turn := self.turn) is not None:
-            self.stop_turn(turn, "interrupted")
-            while self.turn is turn:
-                await self._turn_over.park()
+            await self._without_turn()
+        if self.turn is not None:
+            self.stop_turn(self.turn, "interrupted")
+            await self._without_turn()
+
+    async def _without_turn(self) -> None:
+        while self.turn is not None:
+            await self._turn_over.park()

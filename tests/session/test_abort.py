@@ -430,6 +430,29 @@ async def test_a_zombies_end_does_not_touch_the_next_turn(autojump_clock: Any) -
         assert bench.reader.text_of(bench.reader.of(TurnEnded)[1].turn_id) == "second"
 
 
+async def test_an_agent_that_was_given_up_and_ends_before_its_end_is_stored(autojump_clock: Any) -> None:
+    gate = trio.Event()
+
+    async def agent(turn: Turn) -> None:
+        with trio.CancelScope(shield=True):
+            await gate.wait()
+        await trio.lowlevel.checkpoint()
+
+    async with open_bench(agent, limits=Limits(stop_timeout_ms=100)) as bench:
+        bench.send("r1")
+        await settle()
+        bench.store.hold()
+        bench.abort()
+        await trio.sleep(0.2)
+        gate.set()
+        await settle()
+        assert bench.session.turn is not None
+        bench.store.release()
+        await settle()
+        assert bench.ends == ["aborted"]
+        assert bench.reader.got(Aborted) == [Aborted(turn_id=bench.reader.of(TurnEnded)[0].turn_id, withdrawn=[])]
+
+
 async def test_a_full_outbox_does_not_hold_up_an_abort(autojump_clock: Any) -> None:
     sent = 0
 

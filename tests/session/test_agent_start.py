@@ -14,6 +14,8 @@ from session_harness import (
     Bench,
     ObedientStore,
     Reader,
+    Script,
+    echo,
     make_sources,
     open_bench,
     settle,
@@ -21,7 +23,7 @@ from session_harness import (
 )
 
 from gateway.config import Limits
-from gateway.errors import StoreFenced, StoreUnusable
+from gateway.errors import StoreFenced, StoreUnavailable, StoreUnusable
 from gateway.protocol.log import Tails
 from gateway.protocol.messages import Event, Input, TurnEnded, TurnStarted
 from gateway.server.flusher import SILENCE, SOON, Flusher
@@ -98,11 +100,60 @@ async def test_all_agents_of_a_session_start_in_one_context(autojump_clock: Any)
         seen.append(whose.get())
 
     async with open_flushed(agent, SlowStore(), []) as bench:
-        whose.set("the first sender's")
         for n in range(3):
+            whose.set(f"the sender's of r{n}")
             bench.send(f"r{n}")
             await settle()
-        assert seen == ["the first sender's"] * 3
+        bench.send("stopped")
+        bench.abort()
+        await settle()
+        bench.send("r3")  # a new nursery for the agents
+        await settle()
+        assert seen == ["the sender's of r0"] * 4
+
+
+async def test_an_agent_that_is_stopped_before_its_first_step_does_not_run() -> None:
+    ran: list[str] = []
+
+    async def agent(turn: Turn) -> None:
+        ran.append(turn.input.request_id)
+
+    async with open_flushed(agent, SlowStore(), []) as bench:
+        for n in range(2):  # the first agent of a nursery, and one after it
+            bench.send(f"now{n}")
+            bench.abort()
+            await settle()
+            bench.send(f"later{n}")
+            await settle()
+    assert ran == ["later0", "later1"]
+
+
+async def test_who_waits_for_a_turn_hears_that_it_never_was(autojump_clock: Any) -> None:
+    async with open_bench(echo) as bench:
+        bench.store.hold()
+        bench.send("r1")
+        await settle()
+        assert bench.session.turn is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.session.finish_turn, 1)
+            await settle()
+            bench.store.error = StoreUnavailable("full")
+            bench.store.release()
+            await settle()
+            assert not nursery.child_tasks
+
+
+async def test_who_waits_for_a_turn_hears_that_its_session_has_failed(autojump_clock: Any) -> None:
+    async with open_bench(Script(), on_failed=lambda *_: None) as bench:
+        bench.send("r1")
+        await settle()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.session.finish_turn, 1)
+            await settle()
+            bench.store.error = StoreFenced("taken over")
+            bench.send("r2")
+            await settle()
+            assert not nursery.child_tasks
 
 
 async def test_an_input_and_the_start_of_its_turn_wait_for_the_store_alone() -> None:
