@@ -146,9 +146,8 @@ MUTATIONS = (
         "a task is left by each turn",
         "what a turn starts does not end with it",
         "gateway/session/session.py",
-        "        self._context.run(self._nursery.start_soon, self._run_agent, turn)\n",
-        "        self._context.run(self._nursery.start_soon, self._run_agent, turn)\n"
-        "        self._nursery.start_soon(trio.sleep_forever)\n",
+        "        turn._agents = self._agents\n",
+        "        turn._agents = self._agents\n        self._nursery.start_soon(trio.sleep_forever)\n",
         (f"{INBOX}::test_a_thousand_inputs_drain_with_constant_stack_and_tasks",),
     ),
     Mutation(
@@ -272,7 +271,7 @@ MUTATIONS = (
         "stopped by word alone",
         "stopping a turn does not cancel its agent",
         "gateway/session/session.py",
-        "            turn._scope.cancel()\n",
+        "                turn._agents.cancel_scope.cancel()\n",
         "",
         (
             f"{ABORT}::test_scope_turn_stops_the_turn_and_the_queue_runs_on",
