@@ -20,7 +20,7 @@ within ``stop_timeout``, the loop does it. An agent that is still there then is 
 more, and its task belongs to no turn.
 A turn's time is watched by one cancel scope around the whole loop. Its deadline may be early, that of a turn before:
 then the loop looks, and goes on. In the same way all agents run in one nursery, whose scope stops them, until one is
-stopped; the next one gets another. Entering a scope for each turn would cost, for either, a twentieth of a short one.
+cancelled; the next one gets another. Entering a scope for each turn would cost, for either, a twentieth of a short one.
 The tasks start with the first input; a session that is only joined has none.
 
 What fails in the engine itself (a store that contradicts it) ends the session: in one step nothing of it can write
@@ -91,6 +91,11 @@ promise, so beyond this inputs are refused: 100,000 messages a day in one conver
 MAX_ATTEMPTS = 3
 """Runs of one turn that keeps being lost: an agent that takes the process down with it must not do so for ever."""
 
+_STRAY = (
+    "the agent was cancelled though nobody had stopped it: by a cancel scope that it entered and did not leave, "
+    "or left in an async generator (is there a `yield` in a `with trio.fail_after(...)`?)"
+)
+
 _NUMBERS = 512
 """Bytes that an `answered` event has beside its value."""
 
@@ -146,7 +151,7 @@ class Session:
         self._timer = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._agents: trio.Nursery | None = None
-        """Where the next agent starts: the nursery of those before, None if one of them was stopped."""
+        """Where the next agent starts: the nursery of those before, None if one of them was cancelled."""
         self._turn_over = trio.lowlevel.ParkingLot()
         self._work = trio.lowlevel.ParkingLot()
         """Where the turn loop waits. Unparked by whatever may let it go on; it looks for itself what there is to do."""
@@ -726,14 +731,19 @@ class Session:
             self._close_turn(turn)
 
     async def _host_agents(self, first: Turn) -> None:
-        """Run this turn's agent, and those of later turns, until one of them was stopped and is through."""
+        """Run this turn's agent, and those of later turns, until one of them was cancelled and is through."""
         async with trio.open_nursery() as agents:
             first._agents = self._agents = agents
-            agents.start_soon(self._run_agent, first)
-            await trio.sleep_forever()
+            try:
+                agents.start_soon(self._run_agent, first)
+                await trio.sleep_forever()
+            finally:
+                self._agents = None
         turn = self.turn
         # Not in a `finally`: a turn whose session is cancelled has no end, and is lost.
         if turn is not None and turn._agents is agents and not turn._closed:
+            if turn._stop_reason is None and turn._failure is None:
+                turn._failure = self._explain(turn, RuntimeError(_STRAY))
             self._close_turn(turn)
 
     async def _run_agent(self, turn: Turn) -> None:
@@ -780,7 +790,8 @@ class Session:
         self.publisher.enqueue(Finish(turn.turn_id, outcome, error, text, awaited=awaited), lambda _: visible())
 
     async def finish_turn(self, timeout: float) -> None:
-        """Wait until no turn runs, at most `timeout` seconds; then end it as ``interrupted`` and wait for that."""
+        """Wait until no turn runs, at most `timeout` seconds; then end it as ``interrupted`` and wait for that. For a
+        session that is `draining`, so no other turn begins."""
         with trio.move_on_after(timeout):
             await self._without_turn()
         if self.turn is not None:

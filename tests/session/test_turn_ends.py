@@ -341,6 +341,79 @@ async def test_a_cancel_scope_that_an_agent_leaves_open_does_not_reach_the_next_
         assert bench.ends[2:] == ["aborted"]
 
 
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("how", ["scope", "generator", "nursery", "child"])
+async def test_an_agent_that_is_cancelled_by_what_it_left_open_fails(
+    how: str, before: int, queued: bool, autojump_clock: Any
+) -> None:
+    kept: list[Any] = []
+
+    async def pieces() -> AsyncIterator[str]:
+        with trio.fail_after(5):
+            yield "one"
+            yield "two"
+
+    async def agent(turn: Turn) -> str:
+        if turn.input.content == "leave":
+            if how == "scope":
+                kept.append(trio.fail_after(5))
+                kept[0].__enter__()
+            elif how == "generator":
+                kept.append(pieces())
+                assert await anext(kept[0]) == "one"
+            elif how == "nursery":
+                nursery = trio.lowlevel.current_task().parent_nursery
+                assert nursery is not None
+                nursery.cancel_scope.cancel()
+            else:
+                kept.append(trio.fail_after(5))
+                kept[0].__enter__()
+                async with trio.open_nursery() as children:
+                    children.start_soon(child)
+                    await trio.sleep(20)
+            await trio.sleep(20)
+        return "fine"
+
+    async def child() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("what its child says, and not the cancel scope")
+
+    async with open_bench(agent) as bench:
+        for n in range(before):
+            bench.send(f"before{n}")
+            await settle()
+        with capture_logs() as logs:
+            bench.send("r1", "leave")
+            if queued:
+                bench.send("r2")
+            await trio.sleep(30)
+            bench.send("r2")
+            await settle()
+        assert bench.ends == ["completed"] * before + ["failed", "completed"]
+        end = bench.reader.of(TurnEnded)[before]
+        assert end.error is not None
+        assert end.error.code == "agent_error"
+        [entry] = [entry for entry in logs if entry["event"] == "agent_failed"]
+        assert entry["turn_id"] == end.turn_id
+        assert "cancel scope" in entry["error"]
+        assert ("what its child says" in entry["error"]) == (how == "child")
+
+
+async def test_nothing_is_said_of_an_agent_that_is_stopped() -> None:
+    async with open_bench(Script()) as bench:
+        with capture_logs() as logs:
+            for n in range(2):
+                bench.send(f"r{n}")
+                await settle()
+                bench.abort()
+                await settle()
+        assert bench.ends == ["aborted"] * 2
+        assert logs == []
+
+
 async def test_an_interrupt_keeps_what_was_said_and_thought() -> None:
     agent = Script()
     async with open_bench(agent) as bench:
