@@ -11,10 +11,9 @@ The adaptive gap: while many sessions stream, waiting a little between passes le
 more. The gap is three times what the last pass took, at most 16 ms; below 0.5 ms there is none. A pass that served one
 log to many connections gains nothing from waiting, so there is no gap after it: it goes by the number of logs that were
 read. What is *urgent* does not wait for the gap's end: replies, the engine's own events but for the end of a long
-answer, and the first delta after a silence are visited in the next scheduler pass, alone; in the one after it if the
-flusher was idle, so that agents that were started in the same step have spoken. An input is published by whoever brings
-it, in the same step (`publish`); only the writing to connections is left to that pass, where a reply shares the system
-call with what follows it. What was stored and somebody waits for, and what a turn says first, is
+answer, and the first delta after a silence are visited in the next scheduler pass, alone. An input is published by
+whoever brings it, in the same step (`publish`); only the writing to connections is left to the next pass, where a reply
+shares the system call with what follows it. What was stored and somebody waits for, and what a turn says first, is
 written in the same step too (`deliver`): while a hundred agents stream each scheduler pass takes a millisecond. As long
 as others have work, a pass of the flusher stops after a session or two for them and for what is urgent: who asks now
 does not wait until a hundred answers have been written.
@@ -53,8 +52,8 @@ SOON, NOW, HERE = 1, 2, 3
 
 class Flushable(Protocol):
     dirty: int
-    """0, or when it was asked to be visited: `SOON` (after the gap), `NOW` (without it) or `HERE` (in this
-    step)."""
+    """0, or when it was asked to be visited: `SOON` (after the gap), `NOW` (in the next scheduler pass) or `HERE` (in
+    this step)."""
     visited_at: float
     """When it was last visited, in seconds of the flusher's timer."""
 
@@ -117,7 +116,7 @@ class Flusher:
                 self._wake()
 
     def publish(self, publisher: Flushable) -> None:
-        """Visit a publisher in this step. What it shows is urgent: it is written a scheduler pass or two later."""
+        """Visit a publisher in this step. What it shows is urgent: the next scheduler pass writes it."""
         before, self._when = self._when, NOW
         try:
             self._visit(publisher, self._timer())
@@ -157,9 +156,6 @@ class Flusher:
                 self._idle = True
                 await self._park()
                 self._idle = False
-                if self._now:
-                    # An agent started in the step that woke us is to speak first: one write for both, 4 µs a turn.
-                    await trio.lowlevel.checkpoint()
             gap = min(GAP_MOST, GAP_FACTOR * await self._pass())
             if self._fresh > 1 and gap >= GAP_LEAST:
                 with trio.move_on_after(gap):

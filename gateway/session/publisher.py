@@ -174,7 +174,7 @@ class Pacer(Protocol):
         lately and is not `patient`."""
 
     def publish(self, publisher: Publisher) -> None:
-        """Call `Publisher.flush` in this step; readers are written to a pass or two of the scheduler later."""
+        """Call `Publisher.flush` in this step; readers are written to in the next pass of the scheduler."""
 
     def deliver(self, publisher: Publisher) -> None:
         """Call `Publisher.flush`, and write to the readers, in this step."""
