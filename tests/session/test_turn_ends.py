@@ -304,27 +304,34 @@ async def test_the_agents_children_are_finished_before_the_end_is_visible() -> N
         assert bench.ends == ["aborted"]
 
 
-@pytest.mark.parametrize("left", ["scope", "generator"])
-async def test_a_cancel_scope_that_an_agent_leaves_open_does_not_reach_the_next_turn(
-    left: str, autojump_clock: Any
-) -> None:
-    kept: list[Any] = []
+async def leave_open(what: str) -> Any:
+    """Have the calling agent's task in a cancel scope of five seconds from now on: its own, or a generator's."""
 
     async def pieces() -> AsyncIterator[str]:
         with trio.fail_after(5):
             yield "one"
             yield "two"
 
+    if what == "generator":
+        generator = pieces()
+        assert await anext(generator) == "one"
+        return generator
+    scope = trio.fail_after(5)
+    scope.__enter__()
+    return scope
+
+
+@pytest.mark.parametrize("left", ["scope", "generator"])
+async def test_a_cancel_scope_that_an_agent_leaves_open_does_not_reach_the_next_turn(
+    left: str, autojump_clock: Any
+) -> None:
+    kept: list[Any] = []
+
     async def agent(turn: Turn) -> str:
         if turn.input.content != "leave":
             await trio.sleep(20)
             return "slept"
-        if left == "scope":
-            kept.append(trio.fail_after(5))
-            kept[0].__enter__()
-        else:
-            kept.append(pieces())
-            assert await anext(kept[0]) == "one"
+        kept.append(await leave_open(left))
         return "left"
 
     async with open_bench(agent) as bench:
@@ -349,30 +356,18 @@ async def test_an_agent_that_is_cancelled_by_what_it_left_open_fails(
 ) -> None:
     kept: list[Any] = []
 
-    async def pieces() -> AsyncIterator[str]:
-        with trio.fail_after(5):
-            yield "one"
-            yield "two"
-
     async def agent(turn: Turn) -> str:
         if turn.input.content == "leave":
-            if how == "scope":
-                kept.append(trio.fail_after(5))
-                kept[0].__enter__()
-            elif how == "generator":
-                kept.append(pieces())
-                assert await anext(kept[0]) == "one"
-            elif how == "nursery":
+            if how == "nursery":
                 nursery = trio.lowlevel.current_task().parent_nursery
                 assert nursery is not None
                 nursery.cancel_scope.cancel()
             else:
-                kept.append(trio.fail_after(5))
-                kept[0].__enter__()
-                async with trio.open_nursery() as children:
+                kept.append(await leave_open(how))
+            async with trio.open_nursery() as children:
+                if how == "child":
                     children.start_soon(child)
-                    await trio.sleep(20)
-            await trio.sleep(20)
+                await trio.sleep(20)
         return "fine"
 
     async def child() -> None:
