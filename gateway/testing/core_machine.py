@@ -140,6 +140,9 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.turn is None and bool(self.view.queue))
     @rule(collect=st.booleans())
     def start_turn(self, collect: bool) -> None:
+        self._start(collect)
+
+    def _start(self, collect: bool) -> None:
         taken = list(self.view.queue)[: 3 if collect else 1]
         for request_id in taken:
             self.history.modes[request_id] = {"collect"}
@@ -147,65 +150,65 @@ class CoreMachine(RuleBasedStateMachine):
         self.turn = self.history.work[turn_id] = Work(turn_id, taken, epoch=self.history.epoch)
         self._publish(m.TurnStarted(turn_id=turn_id, request_ids=[m.RequestId(name) for name in taken]))
 
+    def _turn_id(self) -> str:
+        """The running turn's. If there is none one starts, and for it something is sent if nothing waits."""
+        if self.turn is None:
+            if not self.view.queue:
+                self.send(again=False, conflict=False)
+            self._start(collect=False)
+        assert self.turn is not None
+        return self.turn.turn_id
+
     @precondition(lambda self: self.view.queue)
     @rule()
     def withdraw(self) -> None:
         self._publish(m.Withdrawn(request_id=m.RequestId(next(iter(self.view.queue))), reason="aborted"))
 
-    @precondition(lambda self: self.turn is not None)
     @rule(
         n=st.sampled_from([1, 2, 7, 8, 9, 20]),
         channel=st.sampled_from(["answer", "reasoning"]),
         size=st.sampled_from([0, 90]),
     )
     def stream(self, n: int, channel: str, size: int) -> None:
-        assert self.turn is not None
-        turn_id = self.turn.turn_id
+        turn_id = self._turn_id()
         self._publish(
             *[m.Delta(turn_id=turn_id, channel=channel, text=self._say(channel) + " " * size) for _ in range(n)]
         )
 
-    @precondition(lambda self: self.turn is not None)
     @rule(channel=st.sampled_from(["answer", "reasoning"]))
     def seal(self, channel: str) -> None:
         """What has been streamed becomes an output, as after `segment_bytes`."""
-        assert self.turn is not None
+        turn_id = self._turn_id()
         tail = self._tail(channel, 0)
         if tail:
-            self._publish(m.Output(turn_id=self.turn.turn_id, channel=channel, content=tail, metadata={"more": True}))
+            self._publish(m.Output(turn_id=turn_id, channel=channel, content=tail, metadata={"more": True}))
 
-    @precondition(lambda self: self.turn is not None)
     @rule()
     def replace(self) -> None:
         """A final text of the agent replaces what it streamed."""
-        assert self.turn is not None
+        turn_id = self._turn_id()
         content = self._say("answer", final=True)
-        self._publish(m.Output(turn_id=self.turn.turn_id, channel="answer", content=content))
+        self._publish(m.Output(turn_id=turn_id, channel="answer", content=content))
 
-    @precondition(lambda self: self.turn is not None)
     @rule(key=st.sampled_from(["a", "b"]), n=st.integers(0, 5))
     def progress(self, key: str, n: int) -> None:
-        assert self.turn is not None
-        self._publish(m.Progress(turn_id=self.turn.turn_id, key=key, data=n))
+        self._publish(m.Progress(turn_id=self._turn_id(), key=key, data=n))
 
-    @precondition(lambda self: self.turn is not None)
     @rule(n=st.integers(0, 3), keep=st.booleans())
     def other_events(self, n: int, keep: bool) -> None:
-        assert self.turn is not None
-        turn_id = self.turn.turn_id
+        turn_id = self._turn_id()
         self._publish(
             m.ToolCall(turn_id=turn_id, call_id=self._word(), name="look", arguments=n),
             m.State(patch={"n": n, "nested": {"k": n if keep else None}}),
             m.Custom(name="note", data=n, turn_id=turn_id),
         )
 
-    @precondition(lambda self: self.turn is not None)
     @rule()
     def ask(self) -> None:
-        assert self.turn is not None
+        turn_id = self._turn_id()
         ask_id = self._word()
         self.asks.append(ask_id)
-        self._publish(m.Ask(turn_id=self.turn.turn_id, ask_id=ask_id, kind="approval", prompt=ask_id))
+        self._publish(m.Ask(turn_id=turn_id, ask_id=ask_id, kind="approval", prompt=ask_id))
 
     @precondition(lambda self: self.turn is not None and bool(self.asks))
     @rule()
@@ -213,9 +216,9 @@ class CoreMachine(RuleBasedStateMachine):
         assert self.turn is not None
         self._publish(m.Answered(turn_id=self.turn.turn_id, ask_id=self.asks.pop(0), value=True))
 
-    @precondition(lambda self: self.turn is not None)
     @rule(fails=st.booleans())
     def end_turn(self, fails: bool) -> None:
+        self._turn_id()
         assert self.turn is not None
         self.turn.ended = "raised" if fails else "returned"
         self._finish("failed" if fails else "completed")

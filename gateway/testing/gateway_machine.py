@@ -92,6 +92,7 @@ class GatewayMachine(RuleBasedStateMachine):
     def begin(self, seed: int, limits: str, on_lost: str) -> None:
         self._stack.enter_context(scheduled_by(seed))
         self._stage = Stage()
+        self._stack.callback(lambda: self._guarded(self._stage.close))
         agent = type(self).__dict__.get("agent", self.agent)
         self._world = self._stage.do(
             lambda: World(
@@ -210,13 +211,9 @@ class GatewayMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Let the world come to rest, and check what must be true then."""
         world = self._world
-        try:
+        with self._stack:
             if world is not None and not self._stage.over:
                 self._guarded(lambda: self._rest(world))
-        finally:
-            if world is not None and not self._stage.over:
-                self._stage.close()
-            self._stack.close()
 
     def _rest(self, world: World) -> None:
         finished: list[bool] = []

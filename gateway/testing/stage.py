@@ -50,18 +50,21 @@ class Stage:
 
     async def _main(self) -> None:
         async with trio.open_nursery() as self.nursery:
-            while not self._closing:
-                await trio.testing.wait_all_tasks_blocked()
-                self._still = True
-                await trio.lowlevel.checkpoint()  # here the stage stands still
-                job, self._job = self._job, None
-                if job is not None:
-                    self._result = job()
-                pause, self._pause = self._pause, 0.0
-                if pause:
-                    self._clock.autojump_threshold = 0
-                    await trio.sleep(pause)
-                    self._clock.autojump_threshold = inf
+            try:
+                while not self._closing:
+                    await trio.testing.wait_all_tasks_blocked()
+                    self._still = True
+                    await trio.lowlevel.checkpoint()  # here the stage stands still
+                    job, self._job = self._job, None
+                    if job is not None:
+                        self._result = job()
+                    pause, self._pause = self._pause, 0.0
+                    if pause:
+                        self._clock.autojump_threshold = 0
+                        await trio.sleep(pause)
+                        self._clock.autojump_threshold = inf
+            finally:  # what is shielded may take its time, which nobody else lets pass now
+                self._clock.autojump_threshold = 0
             self.nursery.cancel_scope.cancel()
 
     def _done(self, result: outcome.Outcome[None]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from steady import steady
 
@@ -24,6 +24,7 @@ from gateway.testing.core_machine import CoreMachine
 from gateway.testing.gateway_machine import GatewayMachine
 from gateway.testing.model import Violation
 from gateway.testing.stage import Stage
+from gateway.testing.world import World
 
 STEPS = 50
 
@@ -60,6 +61,17 @@ def test_the_gateway_at_length() -> None:
 quick = settings(steady, phases=[Phase.generate], print_blob=False)
 
 
+def breaks(machine: type[RuleBasedStateMachine], examples: int, match: str | None = None) -> None:
+    """Run until a violation is found, in rounds: one alone may miss it, and which depends even on what is loaded."""
+
+    def made() -> RuleBasedStateMachine:
+        return machine()
+
+    with pytest.raises(Violation, match=match):
+        for start in range(20):
+            run(seed(start)(made), examples, quick)  # type: ignore[arg-type]
+
+
 def no_key(self: Keys, request_id: str) -> None:
     return None
 
@@ -77,26 +89,22 @@ real_encode = Entry.encode
 
 def test_the_core_machine_sees_that_keys_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Keys, "get", no_key)
-    with pytest.raises(Violation, match="keys_are_kept_for_the_window"):
-        run(CoreMachine, 50, quick)
+    breaks(CoreMachine, 50, "keys_are_kept_for_the_window")
 
 
 def test_the_core_machine_sees_that_first_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Entry, "encode", as_it_was_written)
-    with pytest.raises(Violation, match=r"covers|clients_agree"):
-        run(CoreMachine, 50, quick)
+    breaks(CoreMachine, 50, r"covers|clients_agree")
 
 
 def test_the_core_machine_sees_that_any_cursor_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_machine, "position_for", every_cursor)
-    with pytest.raises(Violation, match="the_cursor_is_continued_or_resynced"):
-        run(CoreMachine, 200, quick)
+    breaks(CoreMachine, 200, "the_cursor_is_continued_or_resynced")
 
 
 def test_the_core_machine_sees_that_text_is_not_superseded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Log, "_supersede", lambda *args: None)
-    with pytest.raises(Violation, match="text_is_superseded"):
-        run(CoreMachine, 50, quick)
+    breaks(CoreMachine, 50, "text_is_superseded")
 
 
 def test_the_gateway_machine_sees_that_a_disconnect_stops_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +116,7 @@ def test_the_gateway_machine_sees_that_a_disconnect_stops_the_turn(monkeypatch: 
             self.stop_turn(self.turn, "aborted")
 
     monkeypatch.setattr(Session, "detach", detach)
-    with pytest.raises(Violation, match="turns_end_for_a_reason"):
-        run(GatewayMachine, 100, quick)
+    breaks(GatewayMachine, 100, "turns_end_for_a_reason")
 
 
 def test_the_gateway_machine_sees_that_events_are_shown_before_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +128,7 @@ def test_the_gateway_machine_sees_that_events_are_shown_before_they_are_stored(m
         self._store.append_soon(self._session_id, stored, self._reserved, self._appended)
 
     monkeypatch.setattr(Publisher, "_hand_over", show_first)
-    with pytest.raises(Violation):
-        run(GatewayMachine, 60, quick)
+    breaks(GatewayMachine, 60)
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------
@@ -159,3 +165,42 @@ def test_what_a_task_raises_comes_out_of_the_step_in_which_it_does() -> None:
         stage.advance(2)
     assert caught.group_contains(ValueError, match="as told")
     assert stage.over
+
+
+@pytest.mark.parametrize("cause", ["close", "failure"])
+def test_the_stage_ends_also_with_somebody_who_takes_a_while_and_cannot_be_cancelled(cause: str) -> None:
+    said: list[str] = []
+
+    async def linger() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(5)
+                said.append("done")
+
+    stage = Stage()
+    stage.do(lambda: stage.nursery.start_soon(linger))
+    if cause == "close":
+        stage.close()
+    else:
+        with pytest.raises(ExceptionGroup):
+            stage.do(lambda: 1 // 0)
+    assert stage.over
+    assert said == ["done"]
+
+
+@pytest.mark.parametrize("violated", [False, True])
+def test_a_machine_leaves_no_run_of_trio_behind(monkeypatch: pytest.MonkeyPatch, violated: bool) -> None:
+    def violate(self: World) -> None:
+        raise Violation("as_told", (), "now")
+
+    machine = GatewayMachine()
+    machine.begin(seed=0, limits="deep", on_lost="end")
+    machine.send(who="c1", script="sleep:200 say:1", on_busy="queue")
+    if violated:
+        monkeypatch.setattr(World, "check", violate)
+        with pytest.raises(Violation, match="as_told"):
+            machine.nothing_is_violated()
+    machine.teardown()
+    Stage().close()  # trio refuses to run inside of a run
