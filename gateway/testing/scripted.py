@@ -35,6 +35,7 @@ class ScriptedAgent:
 
     async def __call__(self, turn: Turn) -> str | None:
         world = self._world
+        await trio.lowlevel.checkpoint_if_cancelled()  # a process that was killed starts no agent any more
         history = world.histories[turn.session_id]
         work = Work(turn.turn_id, [item.request_id for item in turn.inputs], turn.attempt, history.epoch)
         history.work[turn.turn_id] = work
