@@ -155,6 +155,26 @@ async def test_a_write_without_progress_is_closed_even_if_little_is_left() -> No
         assert (await stalled.until_closed()).code == 1013
 
 
+async def test_who_is_closed_for_not_reading_may_still_abort_and_nothing_else() -> None:
+    async def flood_and_hold(turn: Turn) -> None:
+        await flood(turn)
+        await trio.sleep_forever()
+
+    limits = {**SMALL, "send_timeout_ms": 300, "close_timeout_ms": 30_000}
+    async with gateway_of(flood_and_hold, limits=limits) as gateway, joined(gateway, "s", small=True) as stalled:
+        await stalled.send("message", request_id="r", content="2000 100")
+        await eventually(lambda: gateway.statistics().closes == {"1013 slow_consumer": 1})
+        await stalled.send("message", request_id="late", content="1 1")
+        assert gateway.statistics().turns == 1
+        await stalled.send("abort")
+        await eventually(lambda: gateway.statistics().turns == 0)
+        async with joined(gateway, "s", since=0) as other:
+            end = await other.until("turn_ended")
+            assert end["outcome"] == "aborted"
+            await other.ask("ping", "pong")
+            assert [frame["request_id"] for frame in other.seen if frame["type"] == "input"] == ["r"]
+
+
 async def test_a_close_that_nobody_reads_is_bounded() -> None:
     limits = {**SMALL, "send_timeout_ms": 100, "close_timeout_ms": 100}
     async with gateway_of(flood, limits=limits) as gateway, joined(gateway, "s", small=True) as stalled:

@@ -94,6 +94,25 @@ async def test_the_queue_runs_on_in_order() -> None:
         check_history(bench.reader.events, finished=True)
 
 
+async def test_what_waits_is_in_the_snapshot_although_its_events_are_not_kept_any_more() -> None:
+    limits = Limits(replay_max_events=8)
+    store = ObedientStore()
+    agent = Script()
+    async with open_house(agent, store=store, limits=limits, sources=make_sources()) as house:
+        bench = await house.bench("s1")
+        for request_id in ("r1", "q1", "q2"):
+            bench.send(request_id)
+            await settle()
+        for _ in range(20):
+            await agent.do(lambda turn: turn.custom("note"))
+        before = bench.snapshot().queue
+    assert [item.request_id for item in before] == ["q1", "q2"]
+    async with open_house(Script(), store=store, limits=limits) as house:
+        session, _ = await house.join("s1")
+        assert session.log.floor > before[-1].seq
+        assert [(item.request_id, item.seq) for item in before] == list(session.view.queue.items())
+
+
 async def crash_with_an_interrupt(store: ObedientStore) -> None:
     """Inputs of every kind wait; the interrupting one is stored, but what it interrupts cannot end before the crash."""
     release = trio.Event()
