@@ -150,14 +150,14 @@ class CoreMachine(RuleBasedStateMachine):
         self.turn = self.history.work[turn_id] = Work(turn_id, taken, epoch=self.history.epoch)
         self._publish(m.TurnStarted(turn_id=turn_id, request_ids=[m.RequestId(name) for name in taken]))
 
-    def _turn_id(self) -> str:
-        """The running turn's. If there is none one starts, and for it something is sent if nothing waits."""
+    def _in_turn(self) -> Work:
+        """The running turn. If there is none one starts, and for it something is sent if nothing waits."""
         if self.turn is None:
             if not self.view.queue:
                 self.send(again=False, conflict=False)
             self._start(collect=False)
         assert self.turn is not None
-        return self.turn.turn_id
+        return self.turn
 
     @precondition(lambda self: self.view.queue)
     @rule()
@@ -170,7 +170,7 @@ class CoreMachine(RuleBasedStateMachine):
         size=st.sampled_from([0, 90]),
     )
     def stream(self, n: int, channel: str, size: int) -> None:
-        turn_id = self._turn_id()
+        turn_id = self._in_turn().turn_id
         self._publish(
             *[m.Delta(turn_id=turn_id, channel=channel, text=self._say(channel) + " " * size) for _ in range(n)]
         )
@@ -178,7 +178,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(channel=st.sampled_from(["answer", "reasoning"]))
     def seal(self, channel: str) -> None:
         """What has been streamed becomes an output, as after `segment_bytes`."""
-        turn_id = self._turn_id()
+        turn_id = self._in_turn().turn_id
         tail = self._tail(channel, 0)
         if tail:
             self._publish(m.Output(turn_id=turn_id, channel=channel, content=tail, metadata={"more": True}))
@@ -186,17 +186,17 @@ class CoreMachine(RuleBasedStateMachine):
     @rule()
     def replace(self) -> None:
         """A final text of the agent replaces what it streamed."""
-        turn_id = self._turn_id()
+        turn_id = self._in_turn().turn_id
         content = self._say("answer", final=True)
         self._publish(m.Output(turn_id=turn_id, channel="answer", content=content))
 
     @rule(key=st.sampled_from(["a", "b"]), n=st.integers(0, 5))
     def progress(self, key: str, n: int) -> None:
-        self._publish(m.Progress(turn_id=self._turn_id(), key=key, data=n))
+        self._publish(m.Progress(turn_id=self._in_turn().turn_id, key=key, data=n))
 
     @rule(n=st.integers(0, 3), keep=st.booleans())
     def other_events(self, n: int, keep: bool) -> None:
-        turn_id = self._turn_id()
+        turn_id = self._in_turn().turn_id
         self._publish(
             m.ToolCall(turn_id=turn_id, call_id=self._word(), name="look", arguments=n),
             m.State(patch={"n": n, "nested": {"k": n if keep else None}}),
@@ -205,7 +205,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule()
     def ask(self) -> None:
-        turn_id = self._turn_id()
+        turn_id = self._in_turn().turn_id
         ask_id = self._word()
         self.asks.append(ask_id)
         self._publish(m.Ask(turn_id=turn_id, ask_id=ask_id, kind="approval", prompt=ask_id))
@@ -218,9 +218,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(fails=st.booleans())
     def end_turn(self, fails: bool) -> None:
-        self._turn_id()
-        assert self.turn is not None
-        self.turn.ended = "raised" if fails else "returned"
+        self._in_turn().ended = "raised" if fails else "returned"
         self._finish("failed" if fails else "completed")
 
     def _finish(self, outcome: m.TurnOutcome) -> None:
