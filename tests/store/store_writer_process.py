@@ -1,10 +1,11 @@
 """Writes to a store until it is killed, and prints the number of each input that `append` has returned for.
 
-python store_writer_process.py PATH SESSIONS
+python store_writer_process.py PATH SESSIONS [CORES]
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 import trio
@@ -32,4 +33,6 @@ async def main(path: str, sessions: int) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[3:]:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[3])])
     trio.run(main, sys.argv[1], int(sys.argv[2]))

@@ -14,21 +14,23 @@ from gateway.errors import StoreError, StoreRefused
 from gateway.protocol import messages as m
 from gateway.protocol.keys import Key, digest_of
 from gateway.protocol.log import Log
-from gateway.store import MemoryStore, Retention, SessionRecord, Store
+from gateway.store import MemoryStore, Retention, SessionRecord, Store, sqlite
 from gateway.store.sqlite import SqliteStore
 
 Make = Callable[..., Store]
 
 
-@pytest.fixture(params=["memory", "sqlite", "sqlite-normal"])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
+@pytest.fixture(params=["memory", "sqlite", "sqlite-normal", "sqlite-one-core"])
+def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes a store with the given retention."""
+    monkeypatch.setattr(sqlite, "one_core", lambda: request.param == "sqlite-one-core")
 
     def make(**options: Any) -> Store:
         if request.param == "memory":
             return MemoryStore(**options)
-        durability = "normal" if request.param == "sqlite-normal" else "full"
-        return SqliteStore(tmp_path / "sessions.db", durability=durability, **options)
+        return SqliteStore(
+            tmp_path / "sessions.db", durability="normal" if request.param == "sqlite-normal" else "full", **options
+        )
 
     return make
 
@@ -37,7 +39,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
 
 
 async def test_durable_says_what_survives(make: Make, request: pytest.FixtureRequest) -> None:
-    assert make().durable is (request.node.callspec.params["make"] == "sqlite")
+    assert make().durable is (request.node.callspec.params["make"] in ("sqlite", "sqlite-one-core"))
 
 
 async def test_an_unknown_session_is_none(make: Make) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from store_faults import Faults, Gate
 from store_helpers import MANY, Script, queue, seqs, stored, taken
 from structlog.testing import capture_logs
 
@@ -37,62 +38,10 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "sessions.db")
 
 
-class Faults:
-    """Makes connections whose statements can be counted, watched, held up or made to fail."""
-
-    def __init__(self) -> None:
-        self.statements: list[str] = []
-        self.fail_at: int | None = None
-        self.error: Exception = sqlite3.OperationalError("disk I/O error")
-        self.before: Callable[[str], None] = lambda sql: None
-        self.before_copying: Callable[[], None] = lambda: None
-        self.connections: list[sqlite3.Connection] = []
-
-    def __call__(self, path: str, timeout: float) -> sqlite3.Connection:
-        faults = self
-
-        class Connection(sqlite3.Connection):
-            def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-                # Only the writer's: the reader has BEGIN without IMMEDIATE, and is the second connection.
-                if faults.connections and self is faults.connections[0]:
-                    faults.statements.append(sql)
-                    faults.before(sql)
-                    if faults.fail_at is not None and sql != "ROLLBACK":
-                        faults.fail_at -= 1
-                        if faults.fail_at < 0:
-                            raise faults.error
-                elif "wal_checkpoint" in sql:
-                    faults.before_copying()
-                return super().execute(sql, *values)
-
-        connection = sqlite3.connect(
-            path, timeout=timeout, isolation_level=None, check_same_thread=False, factory=Connection
-        )
-        self.connections.append(connection)
-        return connection
-
-
-def commits(sql: str) -> bool:
-    """Whether the statement ends a transaction: most are one themselves."""
-    return sql == "COMMIT" or sql.startswith("INSERT INTO written")
-
-
-class Gate:
-    """Holds the writer thread at the end of its next transaction."""
-
-    def __init__(self, faults: Faults) -> None:
-        self.reached, self.go = threading.Event(), threading.Event()
-        self.armed = False
-        faults.before = self._before
-
-    def _before(self, sql: str) -> None:
-        if self.armed and commits(sql):
-            self.armed = False
-            self.reached.set()
-            assert self.go.wait(10)
-
-    async def wait_reached(self) -> None:
-        assert await trio.to_thread.run_sync(self.reached.wait, 10)
+@pytest.fixture(autouse=True)
+def several_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_store_one_core` has what is different on one."""
+    monkeypatch.setattr(sqlite_module, "one_core", lambda: False)
 
 
 # --- reopening -------------------------------------------------------------------------------------------------------
@@ -169,10 +118,11 @@ async def test_the_file_is_for_its_owner_only(path: str) -> None:
 
 
 @pytest.mark.parametrize("round_", range(3))
-async def test_what_append_returned_for_survives_kill_9(path: str, round_: int) -> None:
+@pytest.mark.parametrize("cores", [[], ["1"]], ids=["all cores", "one core"])
+async def test_what_append_returned_for_survives_kill_9(path: str, round_: int, cores: list[str]) -> None:
     sessions = 20
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("store_writer_process.py")), path, str(sessions)],
+        [sys.executable, str(Path(__file__).with_name("store_writer_process.py")), path, str(sessions), *cores],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -180,8 +130,8 @@ async def test_what_append_returned_for_survives_kill_9(path: str, round_: int) 
     assert process.stdout is not None
     with process:
         for count, line in enumerate(process.stdout):
-            name, seq = line.split()
-            promised[name] = int(seq)
+            name, written = line.split()
+            promised[name] = int(written)
             if count == 300 + 37 * round_:
                 process.kill()  # it goes on writing until here: in the middle of something
     assert len(promised) == sessions
@@ -825,16 +775,15 @@ async def test_what_comes_when_the_writer_is_about_to_rest_is_written(
     """Between its look, which found nothing, and its rest."""
     looked, go = threading.Event(), threading.Event()
     armed = False
-    look = SqliteStore._take
+    sleep = SqliteStore._sleep
 
-    def take(store: SqliteStore, group: list[Any]) -> list[Any]:
-        taken = look(store, group)
-        if armed and not taken and not looked.is_set():
+    def about_to_rest(store: SqliteStore, enough: int, seconds: float | None) -> bool:
+        if armed and not looked.is_set():
             looked.set()
             assert go.wait(10)
-        return taken
+        return sleep(store, enough, seconds)
 
-    monkeypatch.setattr(SqliteStore, "_take", take)
+    monkeypatch.setattr(SqliteStore, "_sleep", about_to_rest)
     async with SqliteStore(path) as store:
         script = await Script(store).create()
         armed = True
