@@ -284,7 +284,7 @@ class SqliteStore(Store):
         self._giving_way = True
         self._asked.put(True)
         if not self._rests.wait(GIVE_WAY):
-            self._hurries_until = now + RATION * GIVE_WAY
+            self._hurries_until = time.perf_counter() + RATION * GIVE_WAY
         # In this order: what the writer adds later, it tells.
         self._giving_way = False
         self._hear()
