@@ -333,8 +333,8 @@ class SqliteStore(Store):
                 self._written.append(group)
                 if not self._giving_way:
                     self._tell(self._hear)
-                if self._checkpoints.due(sum(map(_written, group))):
-                    self._writer.checkpoint()
+                if self._checkpoints.due(sum(map(_written, group))) and self._writer.checkpoint():
+                    self._checkpoints.started_over()
             if not more:
                 break
             more = self._sleep(1, None)

@@ -240,10 +240,9 @@ class Writer:
                 operation.error = explain(exc, self._path)
                 operation.error.__cause__ = exc
 
-    def checkpoint(self) -> None:
-        """Move into the file what the WAL holds."""
-        if self._connection is not None:
-            checkpoint(self._connection)
+    def checkpoint(self) -> bool:
+        """Move into the file what the WAL holds; returns whether that was all of it."""
+        return self._connection is not None and checkpoint(self._connection)[1]
 
     def _transaction(self, group: Sequence[Operation]) -> None:
         if self._connection is None:

@@ -260,9 +260,16 @@ def count_of(sql: str, faults: Faults) -> int:
     return sum(sql in statement for statement in faults.statements)
 
 
-async def test_nobody_who_writes_waits_for_a_checkpoint(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the WAL is copied, transactions go on; then the writer copies the rest, and the WAL starts over."""
+@pytest.fixture
+def always_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint every MiB, after each of which the WAL starts over."""
     monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1024 * 1024)
+    monkeypatch.setattr(sqlite_checkpoint, "LONG", 1024 * 1024)
+
+
+@pytest.mark.usefixtures("always_over")
+async def test_nobody_who_writes_waits_for_a_checkpoint(path: str) -> None:
+    """While the WAL is copied, transactions go on; then the writer copies the rest, and the WAL starts over."""
     faults = Faults()
     reached, go = threading.Event(), threading.Event()
 
@@ -294,10 +301,8 @@ async def test_nobody_who_writes_waits_for_a_checkpoint(path: str, monkeypatch: 
         assert os.path.getsize(path + "-wal") < longest + 4 * 1024 * 1024, "it starts over again and again"
 
 
-async def test_what_is_written_during_a_copy_is_not_left_to_the_writer(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1024 * 1024)
+@pytest.mark.usefixtures("always_over")
+async def test_what_is_written_during_a_copy_is_not_left_to_the_writer(path: str) -> None:
     faults = Faults()
     reached, go, copied = threading.Event(), threading.Event(), threading.Event()
     copies = 0
@@ -326,8 +331,66 @@ async def test_what_is_written_during_a_copy_is_not_left_to_the_writer(
         assert count_of("wal_checkpoint", faults) == 0, "the writer has had nothing to do with it"
 
 
-async def test_a_checkpoint_that_fails_is_tried_again(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def seldom_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint every MiB; after eight of them the WAL starts over."""
     monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1024 * 1024)
+    monkeypatch.setattr(sqlite_checkpoint, "LONG", 8 * 1024 * 1024)
+
+
+@pytest.mark.usefixtures("seldom_over")
+async def test_the_writer_moves_the_rest_only_when_the_wal_is_long(path: str) -> None:
+    """Most checkpoints are the thread's alone, one pass each: whoever writes does not notice them."""
+    faults = Faults()
+    copies, longest = 0, 0
+
+    def count() -> None:
+        nonlocal copies
+        copies += 1
+
+    faults.before_copying = count
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+        with trio.fail_after(20):
+            for times in range(1, 4):
+                copies = 0
+                while count_of("wal_checkpoint", faults) < times:
+                    await script.write(script.output("x" * 20_000))
+                    longest = max(longest, os.path.getsize(path + "-wal"))
+                assert 5 <= copies <= 8 + sqlite_checkpoint.PASSES, "about one for each MiB, and more for the last"
+        assert longest < 10 * 1024 * 1024, "it starts over"
+
+
+@pytest.mark.usefixtures("seldom_over")
+async def test_a_wal_that_somebody_reads_starts_over_as_soon_as_it_can(path: str) -> None:
+    faults = Faults()
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+        faults.connections[1].execute("BEGIN")
+        faults.connections[1].execute("SELECT count(*) FROM events").fetchone()  # and goes on reading
+        with trio.fail_after(10):
+            while count_of("wal_checkpoint", faults) < 3:
+                await script.write(script.output("x" * 20_000))
+        longest = os.path.getsize(path + "-wal")
+        assert longest < 16 * 1024 * 1024, "it is tried again with each checkpoint"
+        faults.connections[1].execute("COMMIT")
+        for _ in range(1000):
+            await script.write(script.output("x" * 20_000))
+        assert os.path.getsize(path + "-wal") < longest + 4 * 1024 * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere priorities are for whole processes")
+async def test_the_copying_thread_gives_way_to_the_others(path: str) -> None:
+    async with SqliteStore(path) as store:
+        await Script(store).create()
+        threads = {thread.name: thread.native_id for thread in threading.enumerate()}
+        mine = os.getpriority(os.PRIO_PROCESS, 0)
+        nice = {name: os.getpriority(os.PRIO_PROCESS, threads[name] or 0) for name in threads if "store" in name}
+        assert nice == {"store-writer": mine, "store-checkpoint": min(19, mine + sqlite_checkpoint.NICE)}
+
+
+@pytest.mark.usefixtures("always_over")
+async def test_a_checkpoint_that_fails_is_tried_again(path: str) -> None:
     faults = Faults()
     failed = 0
 
