@@ -72,9 +72,9 @@ from gateway.store.sqlite_file import (
     Durability,
     WriterLock,
     connect,
-    ensure_file,
     explain,
     new_epoch,
+    open_file,
     prepare,
     raise_explained,
 )
@@ -210,9 +210,10 @@ class SqliteStore(Store):
 
     def _open_file(self) -> None:
         self._lock = WriterLock(self._path)
+        self._file: int | None = None
         connections: list[sqlite3.Connection] = []
         try:
-            ensure_file(self._path)
+            self._file = open_file(self._path)
             connections.append(self._connect())
             token = prepare(connections[0], self._path)
             connections.append(self._connect())
@@ -228,13 +229,19 @@ class SqliteStore(Store):
             )
             # Last: it starts a thread, which only closing the store ends.
             connections.append(self._connect())
-            self._checkpoints = Checkpoints(connections[2])
+            self._checkpoints = Checkpoints(connections[2], self._file)
         except BaseException as exc:
             for connection in connections:
                 connection.close()
-            self._lock.release()
+            self._close_file()
             raise_explained(exc, self._path)
             raise
+
+    def _close_file(self) -> None:
+        """After all connections: closing any descriptor of the file drops the locks of SQLite."""
+        if self._file is not None:
+            os.close(self._file)
+        self._lock.release()
 
     async def __aexit__(self, *exc: object) -> None:
         self._open = False
@@ -340,7 +347,7 @@ class SqliteStore(Store):
             more = self._sleep(1, None)
         self._checkpoints.close()
         self._writer.close()
-        self._lock.release()
+        self._close_file()
         self._tell(self._closed.set)
 
     def _take(self) -> list[Operation]:

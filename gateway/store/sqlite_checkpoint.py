@@ -1,19 +1,16 @@
 """Moving what was written from the WAL into the file, beside the writer.
 
-A checkpoint copies thousands of pages and syncs two files: up to a tenth of a second on a busy core. SQLite does it
-inside of the COMMIT that made the WAL long enough, and everybody who writes waits. Here a thread of its own copies, on
-a connection of its own, while the writer goes on. Once in a while the WAL is to start over at its beginning, for which
-all of it must have been copied: then the thread copies what was added meanwhile, and again, until that is little, and
-the writer copies the rest.
-
-The thread has a low priority: where it shares a core with the writer it works while that waits for the disk.
+SQLite moves it inside of the COMMIT that made the WAL long enough, and syncs the file then: up to a tenth of a second,
+in which everybody who writes waits. Here a thread of its own copies, on a connection of its own, and syncs the file,
+while the writer goes on: a little at a time, so that the disk never has much to do before the next transaction's sync.
+Once in a while the WAL is to start over at its beginning, for which all of it must have been copied: then the thread
+copies what was added meanwhile, and again, until that is little, and the writer copies and syncs the rest.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-import sys
 import threading
 from contextlib import suppress
 from queue import SimpleQueue
@@ -24,17 +21,13 @@ from gateway.config import MIB
 
 _log = structlog.get_logger(__name__)
 
-EVERY = 8 * MIB
-"""Bytes written between two checkpoints. Each costs two syncs, and a page that changed often is copied once, so not
-less. With 32 MiB what is copied has left the processor's cache, and the disk gets it all at once."""
+EVERY = MIB
+"""Bytes written between two copies. A transaction whose sync comes while the file is synced waits for that: with 2 MiB
+for a millisecond more, with 8 for five, and the disk's stalls become more frequent. Each copy costs two syncs."""
 
-LONG = 32 * MIB
-"""Bytes written until the WAL is to start over. That costs whoever asks just then a few milliseconds, so not at every
-checkpoint; and it is a file that a start after a crash reads, so not much more."""
-
-NICE = 10
-"""How much the thread's priority is below the others': it gives way at once to whoever wakes up, and gets a tenth of a
-core on which somebody else always works. That is three times what it needs there."""
+LONG = 8 * MIB
+"""Bytes written until the WAL is to start over. While it grows a sync costs twice as much: the file system has to note
+that, too. And with 32 MiB it leaves the processor's cache."""
 
 OPERATION, PAYLOAD, JOB = 5 * 4096, 2, EVERY
 """What is counted for a write: bytes for an operation (its session's row, inputs and newest events, each in another
@@ -46,16 +39,20 @@ FEW, PASSES = 64, 5
 meanwhile. And how many passes there are at most: a writer that is faster than the copying must not be chased for ever.
 """
 
+_sync = getattr(os, "fdatasync", os.fsync)
+
 
 class Checkpoints:
     """Checkpoints of one file. `due` and `started_over` are called by the writer thread alone.
 
     Args:
         connection: of its own, to that file; closed by `close`.
+        file: a descriptor of the file, to sync it by; whoever opened it closes it, after all connections.
     """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, file: int) -> None:
         self._connection = connection
+        self._file = file
         self._written = 0
         self._length = 0
         """About how many bytes the WAL has."""
@@ -95,13 +92,13 @@ class Checkpoints:
         self._connection.close()
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where 0 is the calling thread; elsewhere it is the process
-            with suppress(OSError):  # a sandbox may forbid it
-                os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
         while passes := self._asked.get():
             before = 0
             for _ in range(passes):
                 moved, _ = checkpoint(self._connection)
+                # Only to leave less to the writer, whose checkpoint syncs again. SQLite does not sync what is not all.
+                with suppress(OSError):  # it will find out, too
+                    _sync(self._file)
                 if moved - before <= FEW:
                     break
                 before = moved

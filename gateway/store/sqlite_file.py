@@ -227,15 +227,17 @@ def check_token(connection: sqlite3.Connection, path: str, token: int) -> None:
         raise StoreFenced(f"{path}: another process has opened it for writing; end one of the two")
 
 
-def ensure_file(path: str) -> None:
-    """Create the file if it does not exist, readable by its owner only: it holds conversations."""
+def open_file(path: str) -> int:
+    """Open the file, and create it if it does not exist, readable by its owner only: it holds conversations.
+
+    Returns its descriptor. Close it after all connections to the file: closing any descriptor drops the locks that
+    SQLite has on it in this process.
+    """
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         need = ".".join(map(str, OLDEST_SQLITE))
         raise StoreUnusable(f"Python's SQLite is {sqlite3.sqlite_version}; the sqlite store needs {need} or later")
     try:
-        # Closing a descriptor drops SQLite's locks of this process on the file; the writer's lock, which is held,
-        # says that there are none.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise explain(exc, path) from exc
 

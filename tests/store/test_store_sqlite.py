@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import stat
@@ -379,14 +380,87 @@ async def test_a_wal_that_somebody_reads_starts_over_as_soon_as_it_can(path: str
         assert os.path.getsize(path + "-wal") < longest + 4 * 1024 * 1024
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere priorities are for whole processes")
-async def test_the_copying_thread_gives_way_to_the_others(path: str) -> None:
-    async with SqliteStore(path) as store:
+class Syncs:
+    """Counts, or refuses, the syncs of the copying thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.files: list[int] = []
+        self.error: OSError | None = None
+        sync = sqlite_checkpoint._sync
+
+        def count(file: int) -> None:
+            assert threading.current_thread().name == "store-checkpoint"
+            self.files.append(os.fstat(file).st_ino)
+            if self.error is not None:
+                raise self.error
+            sync(file)
+
+        monkeypatch.setattr(sqlite_checkpoint, "_sync", count)
+
+
+@pytest.mark.usefixtures("seldom_over")
+async def test_what_is_copied_is_synced_beside_the_writer(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite syncs the file only when it has all of the WAL, and then everything since the last time."""
+    syncs, faults = Syncs(monkeypatch), Faults()
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+        with trio.fail_after(10):
+            while not count_of("wal_checkpoint", faults):
+                await script.write(script.output("x" * 20_000))
+    assert len(syncs.files) >= 5, "one for each MiB"
+    assert set(syncs.files) == {os.stat(path).st_ino}
+
+
+@pytest.mark.usefixtures("always_over")
+async def test_a_sync_beside_the_writer_may_fail(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs, faults = Syncs(monkeypatch), Faults()
+    syncs.error = OSError(errno.EIO, "broken")
+    async with SqliteStore(path, make_connection=faults) as store:
+        script = await Script(store).create()
+        with trio.fail_after(10):
+            while count_of("wal_checkpoint", faults) < 3:
+                await script.write(script.output("x" * 50_000))
+
+
+async def test_the_descriptor_of_the_file_is_closed_after_all_connections(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed earlier it would drop the locks of SQLite; never closed it would be lost."""
+    closed: list[str] = []
+    close = os.close
+
+    def record(file: int) -> None:
+        if os.path.samestat(os.fstat(file), os.stat(path)):
+            closed.append("file")
+        close(file)
+
+    class Connection(sqlite3.Connection):
+        def close(self) -> None:
+            closed.append("connection")
+            super().close()
+
+    def make(path: str, timeout: float) -> sqlite3.Connection:
+        return sqlite3.connect(path, isolation_level=None, check_same_thread=False, factory=Connection)
+
+    monkeypatch.setattr(os, "close", record)
+    async with SqliteStore(path, make_connection=make) as store:
         await Script(store).create()
-        threads = {thread.name: thread.native_id for thread in threading.enumerate()}
-        mine = os.getpriority(os.PRIO_PROCESS, 0)
-        nice = {name: os.getpriority(os.PRIO_PROCESS, threads[name] or 0) for name in threads if "store" in name}
-        assert nice == {"store-writer": mine, "store-checkpoint": min(19, mine + sqlite_checkpoint.NICE)}
+    assert closed == ["connection"] * 3 + ["file"]
+    closed.clear()
+    for k in range(3):
+        made = 0
+
+        def fail(path: str, timeout: float, k: int = k) -> sqlite3.Connection:
+            nonlocal made
+            made += 1
+            if made > k:
+                raise sqlite3.OperationalError("disk I/O error")
+            return make(path, timeout)
+
+        with pytest.raises(StoreUnusable):
+            await SqliteStore(path, make_connection=fail).__aenter__()
+        assert closed == ["connection"] * k + ["file"], f"connection {k} cannot be opened"
+        closed.clear()
 
 
 @pytest.mark.usefixtures("always_over")
