@@ -25,6 +25,10 @@ EVERY = MIB
 """Bytes written between two copies. A transaction whose sync comes while the file is synced waits for that: with 2 MiB
 for a millisecond more, with 8 for five, and the disk's stalls become more frequent. Each copy costs two syncs."""
 
+PAUSE = 0.03
+"""Seconds between two copies, at least. Short turns write a hundred MiB a second, the same pages again and again: they
+would take a tenth more processor time if each MiB of that were copied."""
+
 LONG = 8 * MIB
 """Bytes written until the WAL is to start over. While it grows a sync costs twice as much: the file system has to note
 that, too. And with 32 MiB it leaves the processor's cache."""
@@ -59,6 +63,7 @@ class Checkpoints:
         self._copying = False
         self._starting_over = False
         self._copied = threading.Event()
+        self._closing = threading.Event()
         self._asked: SimpleQueue[int] = SimpleQueue()
         """With how many passes at most; 0 ends the thread."""
         # A daemon, so that a disk that hangs cannot keep the process alive.
@@ -87,6 +92,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """End the thread and close the connection; waits for a checkpoint that is under way."""
+        self._closing.set()
         self._asked.put(0)
         self._thread.join()
         self._connection.close()
@@ -103,6 +109,7 @@ class Checkpoints:
                     break
                 before = moved
             self._copied.set()
+            self._closing.wait(PAUSE)
 
 
 def checkpoint(connection: sqlite3.Connection) -> tuple[int, bool]:

@@ -266,6 +266,7 @@ def always_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint every MiB, after each of which the WAL starts over."""
     monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1024 * 1024)
     monkeypatch.setattr(sqlite_checkpoint, "LONG", 1024 * 1024)
+    monkeypatch.setattr(sqlite_checkpoint, "PAUSE", 0)
 
 
 @pytest.mark.usefixtures("always_over")
@@ -337,6 +338,7 @@ def seldom_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint every MiB; after eight of them the WAL starts over."""
     monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1024 * 1024)
     monkeypatch.setattr(sqlite_checkpoint, "LONG", 8 * 1024 * 1024)
+    monkeypatch.setattr(sqlite_checkpoint, "PAUSE", 0)
 
 
 @pytest.mark.usefixtures("seldom_over")
@@ -378,6 +380,31 @@ async def test_a_wal_that_somebody_reads_starts_over_as_soon_as_it_can(path: str
         for _ in range(1000):
             await script.write(script.output("x" * 20_000))
         assert os.path.getsize(path + "-wal") < longest + 4 * 1024 * 1024
+
+
+async def test_there_is_a_pause_between_two_copies(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing the store does not wait for its end."""
+    monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1)
+    monkeypatch.setattr(sqlite_checkpoint, "PAUSE", 1000)
+    faults = Faults()
+    copied = threading.Event()
+    copies = 0
+
+    def count() -> None:
+        nonlocal copies
+        copies += 1
+        copied.set()
+
+    faults.before_copying = count
+    with trio.fail_after(10):
+        async with SqliteStore(path, make_connection=faults) as store:
+            script = await Script(store).create()
+            assert await trio.to_thread.run_sync(copied.wait, 10)
+            for _ in range(100):
+                await script.write(script.output())
+            assert copies == 1
+        await trio.lowlevel.checkpoint()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("store-")]
 
 
 class Syncs:
