@@ -22,8 +22,8 @@ from gateway.config import MIB
 _log = structlog.get_logger(__name__)
 
 EVERY = MIB
-"""Bytes written between two copies. A transaction whose sync comes while the file is synced waits for that: with 2 MiB
-for a millisecond more, with 8 for five, and the disk's stalls become more frequent. Each copy costs two syncs."""
+"""Bytes written between two copies. A transaction whose sync comes while the file is synced waits for that: the
+slowest first deltas of a busy core come a millisecond later with 2 MiB, with 4 five. Each copy costs two syncs."""
 
 PAUSE = 0.03
 """Seconds between two copies, at least. Short turns write a hundred MiB a second, the same pages again and again: they

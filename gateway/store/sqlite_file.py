@@ -237,7 +237,7 @@ def open_file(path: str) -> int:
         need = ".".join(map(str, OLDEST_SQLITE))
         raise StoreUnusable(f"Python's SQLite is {sqlite3.sqlite_version}; the sqlite store needs {need} or later")
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as exc:
         raise explain(exc, path) from exc
 
