@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from gateway.errors import StoreError, StoreFenced, StoreRefused, StoreUnavailable, StoreUnusable
+from gateway.store.sqlite_segments import SCHEMA as SEGMENTS
 
 Durability = Literal["full", "normal"]
 Connect = Callable[[str, float], sqlite3.Connection]
@@ -29,7 +30,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # `generation` names this file's history. A session that was born in another one gets a new epoch.
         "INSERT INTO meta VALUES ('generation', '1-' || lower(hex(randomblob(8))))",
         # floor: newest number not kept any more. events, bytes: what is kept above it. turn: `seq` of the open
-        # turn_started. state: patches up to `floor` merged; later ones are in `events`.
+        # turn_started. state: patches up to `floor` merged; later ones are among the events.
         """CREATE TABLE sessions (
             id INTEGER PRIMARY KEY, session_id TEXT NOT NULL UNIQUE, agent_id TEXT NOT NULL, subject TEXT NOT NULL,
             epoch TEXT NOT NULL, generation TEXT NOT NULL, created_at INTEGER NOT NULL, active_at INTEGER NOT NULL,
@@ -37,14 +38,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             events INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0, turn INTEGER,
             state BLOB NOT NULL DEFAULT '{}')""",
         "CREATE INDEX sessions_in_turn ON sessions (id) WHERE turn IS NOT NULL",
-        # Clustered by session: a load and a purge read and free neighbouring pages.
-        """CREATE TABLE events (
-            session INTEGER NOT NULL, seq INTEGER NOT NULL, type TEXT NOT NULL, payload BLOB NOT NULL,
-            PRIMARY KEY (session, seq)) WITHOUT ROWID""",
-        "CREATE INDEX events_state ON events (session, seq) WHERE type = 'state'",
+        *SEGMENTS,
         # One row per input is both its idempotency key and its place in the queue, or in the turn that took it (`turn`
         # is that turn's `seq`). It is open while it waits (no `turn`, not `withdrawn`) or has the session's open turn;
-        # for as long its event is in `events`. So the end of a turn is written to its session's row alone.
+        # for as long its event is kept. So the end of a turn is written to its session's row alone.
         """CREATE TABLE inputs (
             session INTEGER NOT NULL, seq INTEGER NOT NULL, request_id TEXT NOT NULL, digest BLOB NOT NULL,
             at INTEGER NOT NULL, on_busy TEXT NOT NULL, turn INTEGER, withdrawn INTEGER NOT NULL,

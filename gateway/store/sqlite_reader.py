@@ -9,7 +9,6 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Any
 
 import orjson
 from attrs import frozen
@@ -20,13 +19,7 @@ from gateway.protocol.keys import Key
 from gateway.protocol.messages import Event, Input, TurnStarted
 from gateway.protocol.patch import merge_patch
 from gateway.store.base import SessionRecord, StoredInput, StoredSession
-
-OPEN_ASKS = """SELECT seq, payload FROM events WHERE session = :session AND seq > :turn AND type = 'ask'
-    AND json_extract(CAST(payload AS TEXT), '$.ask_id') NOT IN (
-        SELECT json_extract(CAST(payload AS TEXT), '$.ask_id') FROM events
-        WHERE session = :session AND seq > :turn AND type = 'answered') ORDER BY seq"""
-"""The questions of the open turn that nobody has answered. They are kept for as long as they are open."""
-
+from gateway.store.sqlite_segments import Line, fetch, open_asks
 
 WAITING = "inputs.turn IS NULL AND inputs.withdrawn = 0"
 """The inputs that no turn has taken."""
@@ -64,49 +57,23 @@ def load(
         if row is None:
             return None
         id_, agent_id, subject, epoch, born_in, created_at, reserved, floor, turn, state, generation = row
-        # The first event that does not fit any more, counted from the newest.
-        below, tail = connection.execute(
-            """SELECT max(seq) FILTER (WHERE n > ?3 OR total > ?4), max(seq) FILTER (WHERE total > ?5) FROM (
-                SELECT seq, row_number() OVER newest AS n, sum(length(payload)) OVER newest AS total
-                FROM events WHERE session = ?1 AND seq > ?2 WINDOW newest AS (ORDER BY seq DESC))
-            WHERE n > 1""",
-            (id_, floor, max_events, max_bytes, tail_bytes),
-        ).fetchone()
-        if below is not None:
-            floor = below
-        tail = max(floor, tail or 0)
-        if turn is not None:
-            tail = max(floor, min(tail, turn - 1))
-        (text,) = connection.execute(
-            """SELECT json_group_array(json_array(seq, length(payload))) FROM events
-            WHERE session = ? AND seq > ? AND seq <= ?""",
-            (id_, floor, tail),
-        ).fetchone()
-        older = sorted((seq, size) for seq, size in orjson.loads(text))
-        events = _events(connection, "session = ? AND seq > ?", (id_, tail))
-        patches = _payloads(connection, "session = ? AND type = 'state'", (id_,))
+        lines = fetch(connection, id_, -1, 1 << 62)
         (text,) = connection.execute(
             """SELECT json_group_array(json_array(seq, request_id, hex(digest), at, on_busy, turn, withdrawn))
             FROM inputs WHERE session = ?""",
             (id_,),
         ).fetchone()
         inputs = sorted(orjson.loads(text))
-        open_ = {row[0] for row in inputs if (not row[6] if row[5] is None else row[5] == turn)}
-        asks: list[str] = []
-        if turn is not None:
-            (text,) = connection.execute(
-                f"SELECT json_group_array(json_extract(CAST(payload AS TEXT), '$.ask_id')) FROM ({OPEN_ASKS})",
-                {"session": id_, "turn": turn},
-            ).fetchone()
-            asks = orjson.loads(text)
-        wanted = sorted(open_) + ([] if turn is None else [turn])
-        kept = {event.seq: event for event in events}
-        if missing := [seq for seq in wanted if seq not in kept]:
-            where = "session = ? AND seq IN (SELECT value FROM json_each(?))"
-            kept.update((event.seq, event) for event in _events(connection, where, (id_, orjson.dumps(missing))))
+    below, tail = _window(lines, floor, max_events, max_bytes, tail_bytes)
+    if turn is not None:
+        tail = max(below, min(tail, turn - 1))
+    open_ = {row[0] for row in inputs if (not row[6] if row[5] is None else row[5] == turn)}
+    wanted = open_ if turn is None else open_ | {turn}
+    kept = {line.seq: _decode(line) for line in lines if line.seq > tail or line.seq in wanted}
     merged = orjson.loads(state)
-    for patch in patches:
-        merged = merge_patch(merged, orjson.loads(patch)["patch"])
+    for line in lines:
+        if line.type == b"state" and line.seq > floor:
+            merged = merge_patch(merged, orjson.loads(line.payload)["patch"])
     waiting: list[StoredInput] = []
     taken: list[StoredInput] = []
     keys: dict[str, Key] = {}
@@ -124,14 +91,14 @@ def load(
     return StoredSession(
         record=SessionRecord(session_id, agent_id, subject, _epoch(epoch, born_in, generation), created_at),
         reserved=reserved,
-        floor=floor,
+        floor=below,
         state=merged,
-        events=events,
-        older=older,
+        events=[event for event in kept.values() if event.seq > tail],
+        older=[(line.seq, len(line.payload)) for line in lines if below < line.seq <= tail],
         queue=waiting,
         turn=started,  # type: ignore[arg-type]
         turn_inputs=taken,
-        asks=asks,
+        asks=[] if turn is None else list(open_asks([line for line in lines if line.seq > turn])),
         keys=sorted(keys.items(), key=lambda item: item[1].at),
     )
 
@@ -142,8 +109,10 @@ def read(connection: sqlite3.Connection, session_id: str, after: int, upto: int)
     Raises:
         StoreUnusable: one of them cannot be read.
     """
-    where = "session = (SELECT id FROM sessions WHERE session_id = ?) AND seq > ? AND seq <= ?"
-    return _events(connection, where, (session_id, after, upto))
+    with _one_look(connection):
+        row = connection.execute("SELECT id, floor FROM sessions WHERE session_id = ?", (session_id,)).fetchone()
+        lines = [] if row is None else fetch(connection, row[0], max(after, row[1]), upto)
+    return [_decode(line) for line in lines]
 
 
 def _epoch(epoch: str, born_in: str, generation: str) -> str:
@@ -156,23 +125,27 @@ def _epoch(epoch: str, born_in: str, generation: str) -> str:
     return "e_" + blake2b(f"{epoch}\0{generation}".encode(), digest_size=12).hexdigest()
 
 
-def _payloads(connection: sqlite3.Connection, where: str, values: tuple[Any, ...]) -> list[bytes]:
-    # JSON as the codec writes it has no line break, so it can part the events.
-    (joined,) = connection.execute(
-        f"""SELECT CAST(group_concat(payload, char(10)) AS BLOB)
-        FROM (SELECT payload FROM events WHERE {where} ORDER BY session, seq)""",
-        values,
-    ).fetchone()
-    return joined.split(b"\n") if joined is not None else []
+def _window(lines: Sequence[Line], floor: int, max_events: int, max_bytes: int, tail_bytes: int) -> tuple[int, int]:
+    """The newest numbers that do not fit any more: into the window, and into the part of it that is loaded. The newest
+    event fits, however large."""
+    below, tail, size = floor, floor, 0
+    for count, line in enumerate(reversed(lines), 1):
+        size += len(line.payload)
+        if line.seq <= floor:
+            break
+        if count > 1 and size > tail_bytes:
+            tail = max(tail, line.seq)
+        if count > 1 and (count > max_events or size > max_bytes):
+            below = line.seq
+            break
+    return below, max(below, tail)
 
 
-def _events(connection: sqlite3.Connection, where: str, values: tuple[Any, ...]) -> list[Event]:
+def _decode(line: Line) -> Event:
     try:
-        events = [decode_event(payload) for payload in _payloads(connection, where, values)]
+        return decode_event(line.payload)
     except FrameError as exc:
         raise StoreUnusable(f"a stored event cannot be read ({exc}); restore a backup, or upgrade") from exc
-    events.sort(key=lambda event: event.seq)
-    return events
 
 
 def unfinished(connection: sqlite3.Connection) -> list[str]:

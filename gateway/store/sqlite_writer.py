@@ -8,7 +8,7 @@ read, and the rows of all tables are handed over as JSON arrays (`_Rows`) in one
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -22,7 +22,8 @@ from gateway.store.base import Appended, SessionRecord, Stored
 from gateway.store.facts import FOLDED, OpenInput, check, fold, retried
 from gateway.store.sqlite_checkpoint import checkpoint
 from gateway.store.sqlite_file import check_token, explain
-from gateway.store.sqlite_reader import DONE, OPEN_ASKS, WAITING
+from gateway.store.sqlite_reader import DONE, WAITING
+from gateway.store.sqlite_segments import SEGMENT, Segment, fetch, open_asks
 
 
 class _Rows:
@@ -65,7 +66,7 @@ def _text(rows: str, index: int) -> str:
     return f"CAST({_blob(rows, index)} AS TEXT)"
 
 
-_GROUP = ("token", "born", "born_parts", "events", "events_parts", "inputs", "inputs_parts", "taken", "changed")
+_GROUP = ("token", "born", "born_parts", "segments", "segments_parts", "inputs", "inputs_parts", "taken", "changed")
 """What a group of operations writes, as the columns of one row."""
 
 _SCHEMA = (
@@ -77,8 +78,10 @@ _SCHEMA = (
         SELECT {_number(0)}, {_number(1)}, {_number(1)}, {_number(2)},
             {_text("born", 3)}, {_text("born", 5)}, {_text("born", 7)}, {_text("born", 9)},
             (SELECT m.value FROM meta AS m WHERE m.name = 'generation') FROM json_each(NEW.born);
-        INSERT INTO events (session, seq, type, payload)
-        SELECT {_number(0)}, {_number(1)}, {_text("events", 2)}, {_blob("events", 4)} FROM json_each(NEW.events);
+        INSERT INTO segments (id, session, first, events, bytes, lines)
+        SELECT {_number(0)}, {_number(1)}, {_number(2)}, {_number(3)}, {_number(4)}, {_blob("segments", 5)}
+        FROM json_each(NEW.segments) WHERE true
+        ON CONFLICT (id) DO UPDATE SET events = excluded.events, bytes = excluded.bytes, lines = excluded.lines;
         INSERT INTO inputs (session, seq, at, turn, withdrawn, request_id, digest, on_busy)
         SELECT {_number(0)}, {_number(1)}, {_number(2)}, {_number(3)}, {_number(4)},
             {_text("inputs", 5)}, {_blob("inputs", 7)}, {_text("inputs", 9)} FROM json_each(NEW.inputs);
@@ -169,13 +172,17 @@ class _Facts:
     size: int
     turn: int | None
     active_at: int
+    newest: Segment | None = None
+    """The segment that takes the next event, if it has room."""
     inputs: dict[int, _Input] = field(factory=dict)
     """By number, in order. Between two groups none of them is done with."""
     folded: bool = False
     """Whether anything may have happened to `inputs` in this group."""
 
     def close_group(self) -> None:
-        """What is done with need not be known any more."""
+        """What is done with need not be known any more, nor what a full segment says."""
+        if self.newest is not None and len(self.newest.lines) >= SEGMENT:
+            self.newest = None
         if self.folded:
             self.inputs = {seq: kept for seq, kept in self.inputs.items() if not kept.done}
             self.folded = False
@@ -212,6 +219,9 @@ class Writer:
         """Of sessions that were written to lately; nobody else writes to the file, so it stays true until a transaction
         fails or a `Job` changes something."""
         (self._next_id,) = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM sessions").fetchone()
+        (self._last_segment,) = connection.execute("SELECT coalesce(max(id), 0) FROM segments").fetchone()
+        # A trim removes whole segments, and comes when a quarter more than the bounds has piled up.
+        self._most, self._room = max_events // 4, min(SEGMENT, max_bytes // 4)
         self.transactions = 0
         self.batches = 0
         self.failures = 0
@@ -283,7 +293,8 @@ class Writer:
 
     def _write(self, group: Sequence[Operation]) -> None:
         known = self._recall(group)
-        born, events, inputs, taken, rows = _Rows(), _Rows(), _Rows(), _Rows(), _Rows()
+        born, segments, inputs, taken, rows = _Rows(), _Rows(), _Rows(), _Rows(), _Rows()
+        written: dict[int, Segment] = {}
         changed: dict[str, _Facts] = {}
         given: dict[tuple[int, int], Stored] = {}
         for operation in group:
@@ -299,11 +310,13 @@ class Writer:
                     if facts is None:
                         raise StoreRefused(f"session {session_id} is not known")
                     check(session_id, facts.head, operation.batch)
-                    _apply(facts, operation, events, given)
+                    self._apply(facts, operation, written, given)
             except StoreRefused as exc:
                 operation.error = exc
             else:
                 changed[session_id] = facts
+        for one in written.values():
+            segments.add((one.id, one.session, one.first, one.events, one.size), one.padded())
         for facts in changed.values():
             rows.add((facts.id, facts.reserved, facts.head, facts.events, facts.size, facts.turn, facts.active_at))
             for seq, kept in facts.inputs.items() if facts.folded else ():
@@ -323,7 +336,7 @@ class Writer:
         if outgrown:
             self._execute("BEGIN IMMEDIATE")
         if rows:
-            values = (*born.values(), *events.values(), *inputs.values(), taken.values()[0], rows.values()[0])
+            values = (*born.values(), *segments.values(), *inputs.values(), taken.values()[0], rows.values()[0])
             try:
                 self._execute(_WRITE, self._token, *values)
             except sqlite3.IntegrityError as exc:
@@ -341,11 +354,10 @@ class Writer:
     def _recall(self, group: Sequence[Operation]) -> dict[str, _Facts]:
         """The facts of the group's sessions: remembered, or read. A session to be created is taken for new; if it is
         not, the file will say so."""
-        again = {
-            operation.session_ids[0]
-            for operation in group
-            if isinstance(operation, Append) and retried(operation.batch)
-        }
+        again: dict[str, set[str]] = {}
+        for operation in group:
+            if isinstance(operation, Append) and (request_ids := retried(operation.batch)):
+                again.setdefault(operation.session_ids[0], set()).update(request_ids)
         known: dict[str, _Facts] = {}
         unknown: set[str] = set()
         new: set[str] = set()
@@ -365,16 +377,24 @@ class Writer:
             self._known |= known
         return known
 
-    def _read_facts(self, session_ids: list[str], again: set[str]) -> dict[str, _Facts]:
-        """From the file; for those in `again` with the inputs that a finished turn had, and whose event is still
-        there."""
+    def _read_facts(self, session_ids: list[str], again: Mapping[str, set[str]]) -> dict[str, _Facts]:
+        """From the file; for those in `again` with the inputs of these request ids that a finished turn had, and whose
+        event is still there."""
+        assert self._connection is not None
         rows = self._json(
             """SELECT json_group_array(json_array(
-                session_id, id, reserved, head, floor, events, bytes, turn, active_at))
-            FROM sessions WHERE session_id IN (SELECT value FROM json_each(?))""",
+                s.session_id, s.id, s.reserved, s.head, s.floor, s.events, s.bytes, s.turn, s.active_at,
+                n.id, n.first, n.events, n.bytes, CAST(n.lines AS TEXT)))
+            FROM sessions AS s LEFT JOIN segments AS n ON n.bytes + n.events < ? AND n.id = (
+                SELECT id FROM segments WHERE session = s.id ORDER BY first DESC LIMIT 1)
+            WHERE s.session_id IN (SELECT value FROM json_each(?))""",
+            SEGMENT,
             _dump(session_ids),
         )
-        known = {row[0]: _Facts(*row) for row in rows}
+        known: dict[str, _Facts] = {}
+        for row in rows:
+            facts = known[row[0]] = _Facts(*row[:9])
+            facts.newest = _segment(facts.id, *row[9:])
         if known:
             ids = {facts.id: facts for facts in known.values()}
             query = """SELECT json_group_array(json_array(session, seq, request_id, turn)) FROM inputs
@@ -383,12 +403,10 @@ class Writer:
             if in_turn := [facts.id for facts in known.values() if facts.turn is not None]:
                 inputs += self._json(query + f"turn IS NOT NULL AND NOT {DONE}", _dump(in_turn))
             if retry := [facts.id for facts in known.values() if facts.session_id in again]:
-                inputs += self._json(
-                    query
-                    + f"""{DONE} AND turn IS NOT NULL AND EXISTS (
-                        SELECT 1 FROM events AS e WHERE e.session = inputs.session AND e.seq = inputs.seq)""",
-                    _dump(retry),
-                )
+                for row in self._json(query + f"{DONE} AND turn IS NOT NULL", _dump(retry)):
+                    session, seq, request_id, _ = row
+                    if request_id in again[ids[session].session_id] and fetch(self._connection, session, seq - 1, seq):
+                        inputs.append(row)
             for session, seq, request_id, turn in sorted(inputs, key=lambda row: row[:2]):
                 facts = ids[session]
                 facts.inputs[seq] = _Input(request_id, turn, turn is not None and turn != facts.turn, in_file=turn)
@@ -402,44 +420,83 @@ class Writer:
         born.add((facts.id, r.created_at, facts.reserved), *[text.encode() for text in texts])
         return facts
 
+    def _new_segment(self, facts: _Facts, first: int) -> Segment:
+        self._last_segment += 1
+        return Segment(self._last_segment, facts.id, first)
+
+    def _apply(
+        self,
+        facts: _Facts,
+        operation: Append,
+        written: dict[int, Segment],
+        given: dict[tuple[int, int], Stored],
+    ) -> None:
+        """Fold a checked batch into its session's facts and put it into segments, which become `written`; the inputs
+        among it become `given`."""
+        for item in operation.batch:
+            event = item.event
+            segment = facts.newest
+            if segment is None or segment.events >= self._most or len(segment.lines) + len(item.payload) >= self._room:
+                segment = facts.newest = self._new_segment(facts, event.seq)
+            segment.add(item.payload)
+            written[segment.id] = segment
+            facts.head = event.seq
+            facts.active_at = max(facts.active_at, event.at)
+            if type(event) is Input:
+                facts.inputs[event.seq] = _Input(event.request_id)
+                facts.folded = True
+                given[facts.id, event.seq] = item
+            elif type(event) in FOLDED:
+                facts.turn = fold(event, facts.inputs, facts.turn)
+                facts.folded = True
+        facts.events += len(operation.batch)
+        facts.size += operation.size
+        facts.reserved = max(facts.reserved, operation.reserved, facts.head)
+
     def _trim(self, facts: _Facts) -> None:
-        """Bring a session back within its bounds. Its state, waiting inputs, open turn and open questions stay."""
-        (floor,) = self._execute(
-            """SELECT max(seq) FROM (
-                SELECT seq, row_number() OVER newest AS n, sum(length(payload)) OVER newest AS total
-                FROM events WHERE session = ? AND seq > ? WINDOW newest AS (ORDER BY seq DESC))
-            WHERE n > 1 AND (n > ? OR total > ?)""",
+        """Bring a session back within its bounds, whole segments at a time. Its state, waiting inputs, open turn and
+        open questions stay."""
+        assert self._connection is not None
+        rows = self._json(
+            "SELECT json_group_array(json_array(first, events, bytes)) FROM segments WHERE session = ? AND first > ?",
             facts.id,
             facts.floor,
-            self._max_events,
-            self._max_bytes,
-        ).fetchone()
-        if floor is None:
+        )
+        oldest, events, size = facts.head, 0, 0
+        for first, count, length in sorted(rows, reverse=True):
+            if events and (events >= self._max_events or size >= self._max_bytes):
+                break
+            oldest, events, size = first, events + count, size + length
+        else:
             return
-        (patches,) = self._execute(
-            """SELECT CAST('[' || group_concat(payload) || ']' AS BLOB) FROM (
-                SELECT payload FROM events WHERE session = ? AND type = 'state' AND seq <= ? ORDER BY seq)""",
-            facts.id,
-            floor,
-        ).fetchone()
-        if patches is not None:
+        gone = fetch(self._connection, facts.id, -1, oldest - 1)
+        floor = gone[-1].seq
+        patches = [line.payload for line in gone if line.type == b"state" and line.seq > facts.floor]
+        if patches:
             (raw,) = self._execute("SELECT state FROM sessions WHERE id = ?", facts.id).fetchone()
             state = orjson.loads(raw)
-            for event in orjson.loads(patches):
-                state = merge_patch(state, event["patch"])
+            for patch in patches:
+                state = merge_patch(state, orjson.loads(patch)["patch"])
             self._execute("UPDATE sessions SET state = ? WHERE id = ?", orjson.dumps(state), facts.id)
-        assert self._connection is not None
-        self._connection.execute(
-            f"""DELETE FROM events WHERE session = :session AND seq <= :floor AND seq IS NOT :turn
-            AND seq NOT IN (SELECT seq FROM inputs WHERE session = :session AND ({WAITING} OR turn = :turn))
-            AND seq NOT IN (SELECT seq FROM ({OPEN_ASKS}))""",
-            {"session": facts.id, "floor": floor, "turn": facts.turn},
-        )
+        needed = set(facts.inputs)
+        if facts.turn is not None:
+            needed |= {facts.turn, *open_asks(fetch(self._connection, facts.id, facts.turn, facts.head)).values()}
+        self._execute("DELETE FROM segments WHERE session = ? AND first <= ?", facts.id, floor)
+        if kept := [line for line in gone if line.seq in needed]:
+            segment = self._new_segment(facts, kept[0].seq)
+            for line in kept:
+                segment.add(line.payload)
+            self._execute(
+                "INSERT INTO segments (id, session, first, events, bytes, lines) VALUES (?, ?, ?, ?, ?, ?)",
+                segment.id,
+                segment.session,
+                segment.first,
+                segment.events,
+                segment.size,
+                segment.lines,
+            )
         self._execute(
-            """UPDATE sessions SET floor = ?2, (events, bytes) =
-                (SELECT count(*), sum(length(payload)) FROM events WHERE session = ?1 AND seq > ?2) WHERE id = ?1""",
-            facts.id,
-            floor,
+            "UPDATE sessions SET floor = ?, events = ?, bytes = ? WHERE id = ?", floor, events, size, facts.id
         )
 
     # maintenance
@@ -458,7 +515,7 @@ class Writer:
             idle_since,
         )
         ids = _dump([row[0] for row in rows])
-        self._execute("DELETE FROM events WHERE session IN (SELECT value FROM json_each(?))", ids)
+        self._execute("DELETE FROM segments WHERE session IN (SELECT value FROM json_each(?))", ids)
         keys = self._execute("DELETE FROM inputs WHERE session IN (SELECT value FROM json_each(?))", ids).rowcount
         self._execute("DELETE FROM sessions WHERE id IN (SELECT value FROM json_each(?))", ids)
         return len(rows), keys, sum(row[1] for row in rows)
@@ -480,23 +537,9 @@ class Writer:
         return orjson.loads(text)
 
 
-def _apply(facts: _Facts, operation: Append, events: _Rows, given: dict[tuple[int, int], Stored]) -> None:
-    """Fold a checked batch into its session's facts and add its rows; the inputs among them become `given`."""
-    for item in operation.batch:
-        event = item.event
-        events.add((facts.id, event.seq), event.type.encode(), item.payload)
-        facts.head = event.seq
-        facts.active_at = max(facts.active_at, event.at)
-        if type(event) is Input:
-            facts.inputs[event.seq] = _Input(event.request_id)
-            facts.folded = True
-            given[facts.id, event.seq] = item
-        elif type(event) in FOLDED:
-            facts.turn = fold(event, facts.inputs, facts.turn)
-            facts.folded = True
-    facts.events += len(operation.batch)
-    facts.size += operation.size
-    facts.reserved = max(facts.reserved, operation.reserved, facts.head)
+def _segment(session: int, id_: int | None, first: int, events: int, size: int, lines: str) -> Segment | None:
+    """As it was read from the file, if there is one."""
+    return None if id_ is None else Segment(id_, session, first, events, size, lines.rstrip("\n").encode() + b"\n")
 
 
 def _add_input(inputs: _Rows, session: int, item: Stored, kept: _Input) -> None:

@@ -370,7 +370,7 @@ async def test_a_wal_that_somebody_reads_starts_over_as_soon_as_it_can(path: str
     async with SqliteStore(path, make_connection=faults) as store:
         script = await Script(store).create()
         faults.connections[1].execute("BEGIN")
-        faults.connections[1].execute("SELECT count(*) FROM events").fetchone()  # and goes on reading
+        faults.connections[1].execute("SELECT count(*) FROM segments").fetchone()  # and goes on reading
         with trio.fail_after(10):
             while count_of("wal_checkpoint", faults) < 3:
                 await script.write(script.output("x" * 20_000))
@@ -680,7 +680,7 @@ async def test_an_event_that_cannot_be_read(path: str) -> None:
         script = await Script(store).create()
         await script.write(script.output())
     with sqlite3.connect(path) as other:
-        other.execute('UPDATE events SET payload = CAST(\'{"type":"from_the_future"}\' AS BLOB)')
+        other.execute('UPDATE segments SET lines = CAST(\'{"type":"from_the_future","seq":1,"x":1}\' AS BLOB)')
     other.close()
     async with SqliteStore(path) as store:
         script.store = store

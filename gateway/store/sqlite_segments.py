@@ -1,0 +1,104 @@
+"""How a store file keeps events: in segments, a few of one session's to a row.
+
+A row for each event, clustered by session, had the tree put in order after every second batch: each session writes at a
+place of its own, between two that are full, so one batch changed four pages. A segment has room for what comes next:
+to write that changes its page in place, and only every few batches a new one is added, at the end of the file's tree,
+next to the new ones of others. That is half the pages for each batch, and none is left half empty. In a session's
+segments no range of numbers overlaps another, and a session's page is freed when the session is.
+
+Inside, an event is a line, JSON as the codec writes it (which has no line break). Empty lines are room.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import orjson
+from attrs import define
+
+from gateway.errors import StoreUnusable
+
+SEGMENT = 960
+"""Bytes of a segment, if it has no event that is longer: four of them fit a page. A short turn writes half of that.
+With 2000 as many pages are written, with 4000 half as many more; a session that says little has one for itself."""
+
+SCHEMA = (
+    # first: the lowest number. events, bytes: how many it has, and their sizes, line breaks not counted.
+    """CREATE TABLE segments (
+        id INTEGER PRIMARY KEY, session INTEGER NOT NULL, first INTEGER NOT NULL, events INTEGER NOT NULL,
+        bytes INTEGER NOT NULL, lines BLOB NOT NULL)""",
+    "CREATE INDEX segments_of_session ON segments (session, first)",
+)
+
+
+@define(eq=False)
+class Segment:
+    """One of a session, as it is built."""
+
+    id: int
+    session: int
+    first: int
+    events: int = 0
+    size: int = 0
+    lines: bytes = b""
+
+    def add(self, payload: bytes) -> None:
+        """Add an event."""
+        self.events += 1
+        self.size += len(payload)
+        self.lines += payload + b"\n"
+
+    def padded(self) -> bytes:
+        """Its lines and its room."""
+        return self.lines.ljust(SEGMENT, b"\n")
+
+
+class Line(NamedTuple):
+    """An event as it is stored."""
+
+    seq: int
+    type: bytes
+    payload: bytes
+
+
+_HEAD = re.compile(rb'\{"type":"(\w+)","seq":(\d+),')
+
+
+def parse(lines: bytes) -> Iterator[Line]:
+    """The events of segments.
+
+    Raises:
+        StoreUnusable: there is a line that is none.
+    """
+    for payload in lines.split(b"\n"):
+        if payload:
+            head = _HEAD.match(payload)
+            if head is None:
+                raise StoreUnusable("a stored event cannot be read; restore a backup")
+            yield Line(int(head[2]), head[1], payload)
+
+
+def fetch(connection: sqlite3.Connection, session: int, after: int, upto: int) -> list[Line]:
+    """A session's events with ``after < seq <= upto``, in order; also such as were kept when those around them went."""
+    (lines,) = connection.execute(
+        """SELECT CAST(group_concat(lines, '') AS BLOB) FROM segments
+        WHERE session = ?1 AND first <= ?3 AND first >= coalesce(
+            (SELECT max(first) FROM segments WHERE session = ?1 AND first <= ?2), ?2)""",
+        (session, after, upto),
+    ).fetchone()
+    return sorted(line for line in parse(lines or b"") if after < line.seq <= upto)
+
+
+def open_asks(events: Iterable[Line]) -> dict[str, int]:
+    """Of the events of a turn: the questions that nobody has answered (id → number), in order. They are kept for as
+    long as they are open."""
+    asks: dict[str, int] = {}
+    for seq, kind, payload in events:
+        if kind == b"ask":
+            asks[orjson.loads(payload)["ask_id"]] = seq
+        elif kind == b"answered":
+            asks.pop(orjson.loads(payload)["ask_id"], None)
+    return asks
