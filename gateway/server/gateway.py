@@ -322,8 +322,8 @@ class Gateway:
             except StoreError as exc:
                 _log.warning("purge_failed", error=str(exc))
             else:
-                if purged.sessions or purged.keys:
-                    _log.info("purged", sessions=purged.sessions, keys=purged.keys, bytes=purged.size)
+                if purged.sessions:
+                    _log.info("purged", sessions=purged.sessions, bytes=purged.size)
 
     def _check(self, connection: Connection, check: Callable[..., None], *args: Any) -> None:
         try:

@@ -13,8 +13,8 @@ given again, even after ``kill -9``: a session that comes back continues above `
 Retention has two halves. While it appends, a store keeps each session within ``max_events`` and ``max_bytes``, but
 never less than a `gateway.protocol.log.Log` with the same bounds keeps, so a session's floor in the store is never
 above its floor in memory. `Store.purge`, called by the gateway now and then, removes what nobody needs any more: whole
-sessions, and idempotency keys out of the window. Neither removes what recovery needs: waiting inputs, the open turn,
-the state.
+sessions, and idempotency keys out of the window whose inputs are not kept. Neither removes what recovery needs: waiting
+inputs, the open turn, the state.
 
 `gateway.store` holds the implementations; one contract suite (``tests/store``) runs on each.
 """
@@ -48,7 +48,7 @@ class SessionRecord:
 class Stored:
     """One durable event to write: numbered, with its JSON (``first == seq``).
 
-    `digest` and `on_busy` are given for an `Input` only: its idempotency digest, and how it was to be queued.
+    `digest` and `on_busy` are given for an `Input` only: its `digest_of`, and how it was to be queued.
     """
 
     event: Event
@@ -99,7 +99,7 @@ class Retention:
     """How long sessions are kept. A session in use, with waiting inputs or with an open turn is never removed."""
 
     resume_window_ms: int = 24 * HOUR_MS
-    """Idempotency keys are kept for at least so long, and so is the session they belong to."""
+    """Idempotency keys are kept for at least so long, and for as long as their input; so is their session."""
     max_age_ms: int = 24 * HOUR_MS
     """A session without activity for so long is removed (but see `resume_window_ms`)."""
     max_sessions: int = 1_000_000
@@ -110,10 +110,9 @@ class Retention:
 
 @frozen(kw_only=True)
 class Purged:
-    """What a purge removed, and what it had to leave. `sessions` and `keys` are counts, `size` is in bytes."""
+    """What a purge removed, and what it had to leave. `sessions` is a count, `size` is in bytes."""
 
     sessions: int = 0
-    keys: int = 0
     size: int = 0
     sessions_left: int = 0
     size_left: int = 0

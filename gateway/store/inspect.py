@@ -14,7 +14,6 @@ from gateway.errors import StoreUnusable
 from gateway.store import sqlite_reader
 from gateway.store.base import StoredSession
 from gateway.store.sqlite_file import check_schema, explain
-from gateway.store.sqlite_reader import WAITING
 
 
 @frozen
@@ -62,9 +61,9 @@ def summaries(path: str, session_id: str | None = None) -> list[Summary]:
     """All stored sessions, the most recently active first; or the one with that id."""
     with open_read_only(path) as connection:
         rows = connection.execute(
-            f"""SELECT session_id, agent_id, subject, created_at, active_at, floor, max(head, floor), events, bytes,
-                (SELECT count(*) FROM inputs WHERE session = s.id AND {WAITING}), turn IS NOT NULL
-            FROM sessions AS s WHERE ? IS NULL OR session_id = ? ORDER BY active_at DESC, id DESC""",
+            """SELECT session_id, agent_id, subject, created_at, active_at, floor, max(head, floor), events, bytes,
+                waiting, turn IS NOT NULL
+            FROM sessions WHERE ? IS NULL OR session_id = ? ORDER BY active_at DESC, id DESC""",
             (session_id, session_id),
         )
         return [Summary(*row) for row in rows]

@@ -195,7 +195,7 @@ class MemoryStore(Store):
 
     async def purge(self, *, now: int, in_use: Container[str]) -> Purged:
         keep = self._retention
-        sessions = keys = size = 0
+        sessions = size = 0
         left, left_size = len(self._sessions), sum(item.size for item in self._sessions.values())
         for session_id, session in sorted(self._sessions.items(), key=lambda item: item[1].active_at):
             idle = now - session.active_at
@@ -204,7 +204,6 @@ class MemoryStore(Store):
             if over and removable and idle > keep.resume_window_ms:
                 del self._sessions[session_id]
                 sessions += 1
-                keys += len(session.keys)
                 size += session.size
                 left -= 1
                 left_size -= session.size
@@ -213,5 +212,4 @@ class MemoryStore(Store):
             limit = now - keep.resume_window_ms
             for request_id in [k for k, key in session.keys.items() if key.at < limit and key.seq not in waiting]:
                 del session.keys[request_id]
-                keys += 1
-        return Purged(sessions=sessions, keys=keys, size=size, sessions_left=left, size_left=left_size)
+        return Purged(sessions=sessions, size=size, sessions_left=left, size_left=left_size)

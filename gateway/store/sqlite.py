@@ -40,8 +40,8 @@ that sends again is told that it is a duplicate.
 with it a wait for the interpreter's lock, per page inside a write transaction. ``VACUUM`` does it while the gateway is
 stopped.
 
-`sqlite_file` opens files and explains errors, `sqlite_writer` is the thread's side, `sqlite_reader` has the queries,
-`sqlite_checkpoint` keeps the WAL short.
+`sqlite_file` opens files and explains errors, `sqlite_segments` is how events are kept in them, `sqlite_writer` is the
+thread's side, `sqlite_reader` has the queries, `sqlite_checkpoint` keeps the WAL short.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from gateway.errors import StoreUnavailable
 from gateway.protocol.messages import Event
 from gateway.store import sqlite_reader
 from gateway.store.base import Appended, Purged, Retention, SessionRecord, Store, Stored, StoredSession
-from gateway.store.sqlite_checkpoint import JOB, OPERATION, PAYLOAD, Checkpoints
+from gateway.store.sqlite_checkpoint import JOB, OPERATION, TRANSACTION, Checkpoints
 from gateway.store.sqlite_file import (
     Connect,
     Durability,
@@ -340,7 +340,7 @@ class SqliteStore(Store):
                 self._written.append(group)
                 if not self._giving_way:
                     self._tell(self._hear)
-                if self._checkpoints.due(sum(map(_written, group))) and self._writer.checkpoint():
+                if self._checkpoints.due(TRANSACTION + sum(map(_written, group))) and self._writer.checkpoint():
                     self._checkpoints.started_over()
             if not more:
                 break
@@ -439,7 +439,7 @@ class SqliteStore(Store):
 
     async def purge(self, *, now: int, in_use: Container[str]) -> Purged:
         keep = self._retention
-        sessions, keys, size = 0, 0, 0
+        sessions, size = 0, 0
         left, left_size = await self._read(sqlite_reader.totals)
         before = now - keep.resume_window_ms - 1
         place = (-1 << 62, 0)
@@ -470,18 +470,17 @@ class SqliteStore(Store):
                     then_size -= one.size
             if chosen:
                 removed = await self._job(chosen, partial(Writer.remove, session_ids=chosen, idle_since=before))
-                sessions, keys, size = sessions + removed[0], keys + removed[1], size + removed[2]
-                left, left_size = left - removed[0], left_size - removed[2]
-        keys += await self._expire_keys(now - keep.resume_window_ms)
-        return Purged(sessions=sessions, keys=keys, size=size, sessions_left=left, size_left=left_size)
+                sessions, size = sessions + removed[0], size + removed[1]
+                left, left_size = left - removed[0], left_size - removed[1]
+        await self._expire_keys(now - keep.resume_window_ms)
+        return Purged(sessions=sessions, size=size, sessions_left=left, size_left=left_size)
 
-    async def _expire_keys(self, before: int) -> int:
-        total, after = 0, 0
+    async def _expire_keys(self, before: int) -> None:
+        after = 0
         look = sqlite_reader.sessions_with_keys_before
         while ids := await self._read(partial(look, at=before, after=after, limit=PURGE_SESSIONS)):
             after = ids[-1]
-            total += await self._job((), partial(Writer.expire_keys, sessions=ids, before=before))
-        return total
+            await self._job((), partial(Writer.expire_keys, sessions=ids, before=before))
 
 
 def one_core() -> bool:
@@ -495,4 +494,4 @@ def _written(operation: Operation) -> int:
     """About how many bytes of the WAL it takes."""
     if isinstance(operation, Job):
         return JOB
-    return OPERATION + PAYLOAD * operation.size if isinstance(operation, Append) else OPERATION
+    return OPERATION + operation.size if isinstance(operation, Append) else OPERATION

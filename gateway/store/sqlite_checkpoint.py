@@ -33,10 +33,10 @@ LONG = 8 * MIB
 """Bytes written until the WAL is to start over. While it grows a sync costs twice as much: the file system has to note
 that, too. And with 32 MiB it leaves the processor's cache."""
 
-OPERATION, PAYLOAD, JOB = 5 * 4096, 2, EVERY
-"""What is counted for a write: bytes for an operation (its session's row, inputs and newest events, each in another
-page) and for each byte of payload (an old one goes when it comes), and for a purge, after which one is due. Rather too
-much than too little: at 64 MiB SQLite does its own checkpoint in a COMMIT."""
+TRANSACTION, OPERATION, JOB = 3 * 4096, 4096, EVERY
+"""What is counted as written: bytes for a transaction (pages that all share), for each operation in it beside its
+payload (a segment, its share of the sessions' rows), and for a purge, after which one is due. Rather too much than too
+little: at 64 MiB SQLite does its own checkpoint in a COMMIT."""
 
 FEW, PASSES = 64, 5
 """Before the WAL starts over: a pass that has copied no more pages than that was the last, for little has come

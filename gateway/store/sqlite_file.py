@@ -30,23 +30,21 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # `generation` names this file's history. A session that was born in another one gets a new epoch.
         "INSERT INTO meta VALUES ('generation', '1-' || lower(hex(randomblob(8))))",
         # floor: newest number not kept any more. events, bytes: what is kept above it. turn: `seq` of the open
-        # turn_started. state: patches up to `floor` merged; later ones are among the events.
+        # turn_started. inputs: those that no finished turn has had, as [seq, whether that turn has it];
+        # waiting: how many it has not. Their events are kept for as long. state: patches up to `floor` merged; later
+        # ones are among the events. No index on turn or waiting: it would be one more page of every transaction, for
+        # one look at each start.
         """CREATE TABLE sessions (
             id INTEGER PRIMARY KEY, session_id TEXT NOT NULL UNIQUE, agent_id TEXT NOT NULL, subject TEXT NOT NULL,
             epoch TEXT NOT NULL, generation TEXT NOT NULL, created_at INTEGER NOT NULL, active_at INTEGER NOT NULL,
             reserved INTEGER NOT NULL, head INTEGER NOT NULL DEFAULT 0, floor INTEGER NOT NULL DEFAULT 0,
             events INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0, turn INTEGER,
-            state BLOB NOT NULL DEFAULT '{}')""",
-        "CREATE INDEX sessions_in_turn ON sessions (id) WHERE turn IS NOT NULL",
+            inputs BLOB NOT NULL DEFAULT '[]', waiting INTEGER NOT NULL DEFAULT 0, state BLOB NOT NULL DEFAULT '{}')""",
         *SEGMENTS,
-        # One row per input is both its idempotency key and its place in the queue, or in the turn that took it (`turn`
-        # is that turn's `seq`). It is open while it waits (no `turn`, not `withdrawn`) or has the session's open turn;
-        # for as long its event is kept. So the end of a turn is written to its session's row alone.
-        """CREATE TABLE inputs (
-            session INTEGER NOT NULL, seq INTEGER NOT NULL, request_id TEXT NOT NULL, digest BLOB NOT NULL,
-            at INTEGER NOT NULL, on_busy TEXT NOT NULL, turn INTEGER, withdrawn INTEGER NOT NULL,
-            PRIMARY KEY (session, seq)) WITHOUT ROWID""",
-        "CREATE INDEX inputs_waiting ON inputs (session) WHERE turn IS NULL AND withdrawn = 0",
+        # An input's event is its idempotency key as well. When the event goes, the key comes here.
+        """CREATE TABLE keys (
+            session INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, request_id TEXT NOT NULL,
+            digest BLOB NOT NULL, PRIMARY KEY (session, seq)) WITHOUT ROWID""",
     ),
 )
 """The schema, as the steps that lead to it: entry *n* - 1 leads from version *n* - 1 to *n*. Never change an entry that

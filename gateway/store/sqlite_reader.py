@@ -19,14 +19,10 @@ from gateway.protocol.keys import Key
 from gateway.protocol.messages import Event, Input, TurnStarted
 from gateway.protocol.patch import merge_patch
 from gateway.store.base import SessionRecord, StoredInput, StoredSession
-from gateway.store.sqlite_segments import Line, fetch, open_asks
+from gateway.store.sqlite_segments import Line, fetch, key_of, open_asks
 
-WAITING = "inputs.turn IS NULL AND inputs.withdrawn = 0"
-"""The inputs that no turn has taken."""
-
-DONE = """(inputs.withdrawn = 1 OR inputs.turn IS NOT NULL AND inputs.turn IS NOT (
-    SELECT s.turn FROM sessions AS s WHERE s.id = inputs.session))"""
-"""The inputs that were withdrawn or had a turn that is over."""
+FINISHED = "turn IS NULL AND waiting = 0"
+"""The sessions without an open turn and waiting inputs."""
 
 
 @contextmanager
@@ -49,42 +45,39 @@ def load(
     """
     with _one_look(connection):
         row = connection.execute(
-            """SELECT id, agent_id, subject, epoch, sessions.generation, created_at, reserved, floor, turn, state,
-                (SELECT value FROM meta WHERE name = 'generation')
+            """SELECT id, agent_id, subject, epoch, sessions.generation, created_at, reserved, floor, turn, inputs,
+                state, (SELECT value FROM meta WHERE name = 'generation')
             FROM sessions WHERE session_id = ?""",
             (session_id,),
         ).fetchone()
         if row is None:
             return None
-        id_, agent_id, subject, epoch, born_in, created_at, reserved, floor, turn, state, generation = row
+        id_, agent_id, subject, epoch, born_in, created_at, reserved, floor, turn, inputs, state, generation = row
         lines = fetch(connection, id_, -1, 1 << 62)
         (text,) = connection.execute(
-            """SELECT json_group_array(json_array(seq, request_id, hex(digest), at, on_busy, turn, withdrawn))
-            FROM inputs WHERE session = ?""",
-            (id_,),
+            "SELECT json_group_array(json_array(request_id, seq, hex(digest), at)) FROM keys WHERE session = ?", (id_,)
         ).fetchone()
-        inputs = sorted(orjson.loads(text))
     below, tail = _window(lines, floor, max_events, max_bytes, tail_bytes)
     if turn is not None:
         tail = max(below, min(tail, turn - 1))
-    open_ = {row[0] for row in inputs if (not row[6] if row[5] is None else row[5] == turn)}
-    wanted = open_ if turn is None else open_ | {turn}
+    open_ = orjson.loads(inputs)
+    wanted = {seq for seq, _ in open_} | {turn}
+    on_busy = {line.seq: line.on_busy for line in lines if line.seq in wanted}
     kept = {line.seq: _decode(line) for line in lines if line.seq > tail or line.seq in wanted}
     merged = orjson.loads(state)
     for line in lines:
-        if line.type == b"state" and line.seq > floor:
+        if line.type == b"state":
             merged = merge_patch(merged, orjson.loads(line.payload)["patch"])
     waiting: list[StoredInput] = []
     taken: list[StoredInput] = []
-    keys: dict[str, Key] = {}
-    for seq, request_id, digest, at, on_busy, in_turn, _ in inputs:
-        keys.pop(request_id, None)
-        keys[request_id] = Key(seq, bytes.fromhex(digest), at)
-        if seq in open_:
-            event = kept.get(seq)
-            if not isinstance(event, Input):
-                raise StoreUnusable(f"session {session_id}: the stored input {seq} is missing; restore a backup")
-            (waiting if in_turn is None else taken).append(StoredInput(event, on_busy))
+    for seq, has_turn in open_:
+        event = kept.get(seq)
+        if not isinstance(event, Input):
+            raise StoreUnusable(f"session {session_id}: the stored input {seq} is missing; restore a backup")
+        (taken if has_turn else waiting).append(StoredInput(event, on_busy[seq]))
+    keys = [(request_id, Key(seq, bytes.fromhex(digest), at)) for request_id, seq, digest, at in orjson.loads(text)]
+    keys += [key_of(line) for line in lines if line.type == b"input"]
+    newest = dict(sorted(keys, key=lambda item: item[1].seq))
     started = None if turn is None else kept.get(turn)
     if turn is not None and not isinstance(started, TurnStarted):
         raise StoreUnusable(f"session {session_id}: the stored turn {turn} is missing; restore a backup")
@@ -99,7 +92,7 @@ def load(
         turn=started,  # type: ignore[arg-type]
         turn_inputs=taken,
         asks=[] if turn is None else list(open_asks([line for line in lines if line.seq > turn])),
-        keys=sorted(keys.items(), key=lambda item: item[1].at),
+        keys=sorted(newest.items(), key=lambda item: item[1].at),
     )
 
 
@@ -152,9 +145,7 @@ def unfinished(connection: sqlite3.Connection) -> list[str]:
     """Ids of the sessions with an open turn or waiting inputs, oldest activity first."""
     (text,) = connection.execute(
         f"""SELECT json_group_array(session_id) FROM (
-            SELECT session_id FROM sessions WHERE id IN (
-                SELECT id FROM sessions WHERE turn IS NOT NULL UNION SELECT session FROM inputs WHERE {WAITING})
-            ORDER BY active_at, id)"""
+            SELECT session_id FROM sessions WHERE NOT ({FINISHED}) ORDER BY active_at, id)"""
     ).fetchone()
     ids: list[str] = orjson.loads(text)
     return ids
@@ -185,8 +176,7 @@ def idle_since(connection: sqlite3.Connection, at: int, after: tuple[int, int], 
     """
     (text,) = connection.execute(
         f"""SELECT json_group_array(json_array(active_at, id, session_id, bytes, events)) FROM (
-            SELECT * FROM sessions AS s WHERE active_at <= ? AND (active_at, id) > (?, ?) AND turn IS NULL
-            AND NOT EXISTS (SELECT 1 FROM inputs WHERE session = s.id AND {WAITING})
+            SELECT * FROM sessions WHERE active_at <= ? AND (active_at, id) > (?, ?) AND {FINISHED}
             ORDER BY active_at, id LIMIT ?)""",
         (at, *after, limit),
     ).fetchone()
@@ -194,11 +184,10 @@ def idle_since(connection: sqlite3.Connection, at: int, after: tuple[int, int], 
 
 
 def sessions_with_keys_before(connection: sqlite3.Connection, at: int, after: int, limit: int) -> Sequence[int]:
-    """Sessions (their row numbers, above `after`) with keys that are done with and older than `at` (ms)."""
+    """Sessions (their row numbers, above `after`) with keys in ``keys`` that are older than `at` (ms)."""
     (text,) = connection.execute(
-        f"""SELECT json_group_array(session) FROM (
-            SELECT DISTINCT session FROM inputs WHERE at < ? AND session > ? AND {DONE}
-            ORDER BY session LIMIT ?)""",
+        """SELECT json_group_array(session) FROM (
+            SELECT DISTINCT session FROM keys WHERE at < ? AND session > ? ORDER BY session LIMIT ?)""",
         (at, after, limit),
     ).fetchone()
     ids: list[int] = orjson.loads(text)

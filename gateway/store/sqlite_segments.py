@@ -6,7 +6,8 @@ to write that changes its page in place, and only every few batches a new one is
 next to the new ones of others. That is half the pages for each batch, and none is left half empty. In a session's
 segments no range of numbers overlaps another, and a session's page is freed when the session is.
 
-Inside, an event is a line, JSON as the codec writes it (which has no line break). Empty lines are room.
+Inside, an event is a line, JSON as the codec writes it (which has no line break and no tab). Behind an input that was
+not simply to be queued stand a tab and its `on_busy`. Empty lines are room.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import orjson
 from attrs import define
 
 from gateway.errors import StoreUnusable
+from gateway.protocol.keys import Key, digest_of
 
 SEGMENT = 960
 """Bytes of a segment, if it has no event that is longer: four of them fit a page. A short turn writes half of that.
@@ -45,11 +47,11 @@ class Segment:
     size: int = 0
     lines: bytes = b""
 
-    def add(self, payload: bytes) -> None:
+    def add(self, payload: bytes, on_busy: str = "queue") -> None:
         """Add an event."""
         self.events += 1
         self.size += len(payload)
-        self.lines += payload + b"\n"
+        self.lines += payload + (b"\n" if on_busy == "queue" else b"\t%b\n" % on_busy.encode())
 
     def padded(self) -> bytes:
         """Its lines and its room."""
@@ -62,6 +64,7 @@ class Line(NamedTuple):
     seq: int
     type: bytes
     payload: bytes
+    on_busy: str = "queue"
 
 
 _HEAD = re.compile(rb'\{"type":"(\w+)","seq":(\d+),')
@@ -73,12 +76,13 @@ def parse(lines: bytes) -> Iterator[Line]:
     Raises:
         StoreUnusable: there is a line that is none.
     """
-    for payload in lines.split(b"\n"):
-        if payload:
-            head = _HEAD.match(payload)
+    for line in lines.split(b"\n"):
+        if line:
+            head = _HEAD.match(line)
             if head is None:
                 raise StoreUnusable("a stored event cannot be read; restore a backup")
-            yield Line(int(head[2]), head[1], payload)
+            payload, _, on_busy = line.partition(b"\t")
+            yield Line(int(head[2]), head[1], payload, on_busy.decode() or "queue")
 
 
 def fetch(connection: sqlite3.Connection, session: int, after: int, upto: int) -> list[Line]:
@@ -92,13 +96,19 @@ def fetch(connection: sqlite3.Connection, session: int, after: int, upto: int) -
     return sorted(line for line in parse(lines or b"") if after < line.seq <= upto)
 
 
+def key_of(line: Line) -> tuple[str, Key]:
+    """The idempotency key that an input is."""
+    event = orjson.loads(line.payload)
+    return event["request_id"], Key(line.seq, digest_of(event["content"], event["metadata"]), event["at"])
+
+
 def open_asks(events: Iterable[Line]) -> dict[str, int]:
     """Of the events of a turn: the questions that nobody has answered (id → number), in order. They are kept for as
     long as they are open."""
     asks: dict[str, int] = {}
-    for seq, kind, payload in events:
-        if kind == b"ask":
-            asks[orjson.loads(payload)["ask_id"]] = seq
-        elif kind == b"answered":
-            asks.pop(orjson.loads(payload)["ask_id"], None)
+    for line in events:
+        if line.type == b"ask":
+            asks[orjson.loads(line.payload)["ask_id"]] = line.seq
+        elif line.type == b"answered":
+            asks.pop(orjson.loads(line.payload)["ask_id"], None)
     return asks

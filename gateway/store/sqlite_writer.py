@@ -16,14 +16,15 @@ import trio
 from attrs import define, field
 
 from gateway.errors import StoreError, StoreRefused, StoreUnavailable
+from gateway.protocol.codec import decode_event
 from gateway.protocol.messages import Input
 from gateway.protocol.patch import merge_patch
 from gateway.store.base import Appended, SessionRecord, Stored
 from gateway.store.facts import FOLDED, OpenInput, check, fold, retried
 from gateway.store.sqlite_checkpoint import checkpoint
 from gateway.store.sqlite_file import check_token, explain
-from gateway.store.sqlite_reader import DONE, WAITING
-from gateway.store.sqlite_segments import SEGMENT, Segment, fetch, open_asks
+from gateway.store.sqlite_reader import FINISHED
+from gateway.store.sqlite_segments import SEGMENT, Segment, fetch, key_of, open_asks
 
 
 class _Rows:
@@ -59,14 +60,16 @@ def _number(index: int) -> str:
 
 
 def _blob(rows: str, index: int) -> str:
-    return f"substr(NEW.{rows}_parts, {_number(index)}, {_number(index + 1)})"
+    """Of the parts of `rows` in a `_WRITE`, or in ``?2``."""
+    parts = f"NEW.{rows}_parts" if rows else "?2"
+    return f"substr({parts}, {_number(index)}, {_number(index + 1)})"
 
 
 def _text(rows: str, index: int) -> str:
     return f"CAST({_blob(rows, index)} AS TEXT)"
 
 
-_GROUP = ("token", "born", "born_parts", "segments", "segments_parts", "inputs", "inputs_parts", "taken", "changed")
+_GROUP = ("token", "born", "born_parts", "segments", "segments_parts", "changed", "changed_parts")
 """What a group of operations writes, as the columns of one row."""
 
 _SCHEMA = (
@@ -82,20 +85,17 @@ _SCHEMA = (
         SELECT {_number(0)}, {_number(1)}, {_number(2)}, {_number(3)}, {_number(4)}, {_blob("segments", 5)}
         FROM json_each(NEW.segments) WHERE true
         ON CONFLICT (id) DO UPDATE SET events = excluded.events, bytes = excluded.bytes, lines = excluded.lines;
-        INSERT INTO inputs (session, seq, at, turn, withdrawn, request_id, digest, on_busy)
-        SELECT {_number(0)}, {_number(1)}, {_number(2)}, {_number(3)}, {_number(4)},
-            {_text("inputs", 5)}, {_blob("inputs", 7)}, {_text("inputs", 9)} FROM json_each(NEW.inputs);
-        UPDATE inputs SET turn = new.turn, withdrawn = new.withdrawn
-        FROM (SELECT {_number(0)} AS session, {_number(1)} AS seq, {_number(2)} AS turn, {_number(3)} AS withdrawn
-            FROM json_each(NEW.taken)) AS new
-        WHERE inputs.session = new.session AND inputs.seq = new.seq;
-        UPDATE sessions SET reserved = new.reserved, head = new.head, events = new.events,
-            bytes = new.bytes, turn = new.turn, active_at = new.active_at
+        UPDATE sessions SET reserved = new.reserved, head = new.head, events = new.events, bytes = new.bytes,
+            turn = new.turn, waiting = new.waiting, active_at = new.active_at, inputs = new.inputs
         FROM (SELECT {_number(0)} AS id, {_number(1)} AS reserved, {_number(2)} AS head, {_number(3)} AS events,
-            {_number(4)} AS bytes, {_number(5)} AS turn, {_number(6)} AS active_at FROM json_each(NEW.changed)) AS new
+            {_number(4)} AS bytes, {_number(5)} AS turn, {_number(6)} AS waiting, {_number(7)} AS active_at,
+            {_blob("changed", 8)} AS inputs FROM json_each(NEW.changed)) AS new
         WHERE sessions.id = new.id;
     END""",
 )
+
+_KEEP_KEYS = f"""INSERT INTO keys (session, seq, at, request_id, digest)
+    SELECT {_number(0)}, {_number(1)}, {_number(2)}, {_text("", 3)}, {_blob("", 5)} FROM json_each(?1)"""
 
 _WRITE = f"INSERT INTO written VALUES ({', '.join('?' for _ in _GROUP)})"
 
@@ -140,23 +140,10 @@ class Job(Operation):
 
 
 KNOWN_MOST = 8192
-"""Sessions whose facts the writer remembers, some 500 bytes each: those a busy gateway writes to all the time."""
+"""Sessions whose facts the writer remembers, some 1500 bytes each: those a busy gateway writes to all the time."""
 
-
-@define(eq=False)
-class _Input(OpenInput):
-    """An open input; `in_file` is its turn as the file has it."""
-
-    in_file: int | None = None
-
-    @property
-    def withdrawn(self) -> bool:
-        return self.done and self.turn is None
-
-    @property
-    def moved(self) -> bool:
-        """Whether its row must be written again. Not when its turn ends: the session's row says that."""
-        return self.turn != self.in_file or self.withdrawn
+_OF_INPUTS = {cls.type.encode() for cls in (Input, *FOLDED)}
+"""The events that say what became of inputs."""
 
 
 @define(eq=False)
@@ -174,7 +161,7 @@ class _Facts:
     active_at: int
     newest: Segment | None = None
     """The segment that takes the next event, if it has room."""
-    inputs: dict[int, _Input] = field(factory=dict)
+    inputs: dict[int, OpenInput] = field(factory=dict)
     """By number, in order. Between two groups none of them is done with."""
     folded: bool = False
     """Whether anything may have happened to `inputs` in this group."""
@@ -184,8 +171,17 @@ class _Facts:
         if self.newest is not None and len(self.newest.lines) >= SEGMENT:
             self.newest = None
         if self.folded:
-            self.inputs = {seq: kept for seq, kept in self.inputs.items() if not kept.done}
+            self.inputs = {
+                seq: kept for seq, kept in self.inputs.items() if not kept.done and kept.turn in (None, self.turn)
+            }
             self.folded = False
+
+    def row(self) -> tuple[tuple[int | None, ...], bytes]:
+        """What of it changes, as `_WRITE` takes it."""
+        inputs = [(seq, kept.turn is not None) for seq, kept in self.inputs.items()]
+        waiting = sum([not has_turn for _, has_turn in inputs])
+        numbers = (self.id, self.reserved, self.head, self.events, self.size, self.turn, waiting, self.active_at)
+        return numbers, orjson.dumps(inputs)
 
 
 class Writer:
@@ -293,10 +289,9 @@ class Writer:
 
     def _write(self, group: Sequence[Operation]) -> None:
         known = self._recall(group)
-        born, segments, inputs, taken, rows = _Rows(), _Rows(), _Rows(), _Rows(), _Rows()
+        born, segments, rows = _Rows(), _Rows(), _Rows()
         written: dict[int, Segment] = {}
         changed: dict[str, _Facts] = {}
-        given: dict[tuple[int, int], Stored] = {}
         for operation in group:
             (session_id,) = operation.session_ids
             facts = known.get(session_id)
@@ -310,7 +305,7 @@ class Writer:
                     if facts is None:
                         raise StoreRefused(f"session {session_id} is not known")
                     check(session_id, facts.head, operation.batch)
-                    self._apply(facts, operation, written, given)
+                    self._apply(facts, operation, written)
             except StoreRefused as exc:
                 operation.error = exc
             else:
@@ -318,15 +313,9 @@ class Writer:
         for one in written.values():
             segments.add((one.id, one.session, one.first, one.events, one.size), one.padded())
         for facts in changed.values():
-            rows.add((facts.id, facts.reserved, facts.head, facts.events, facts.size, facts.turn, facts.active_at))
-            for seq, kept in facts.inputs.items() if facts.folded else ():
-                item = given.pop((facts.id, seq), None)
-                if item is not None:
-                    _add_input(inputs, facts.id, item, kept)
-                elif kept.moved:
-                    taken.add((facts.id, seq, kept.turn, int(kept.withdrawn)))
-                    kept.in_file = kept.turn
             facts.close_group()
+            numbers, open_inputs = facts.row()
+            rows.add(numbers, open_inputs)
         # A quarter more than the bound may pile up, so that a trim is paid once in a while and not every time.
         outgrown = [
             facts
@@ -336,7 +325,7 @@ class Writer:
         if outgrown:
             self._execute("BEGIN IMMEDIATE")
         if rows:
-            values = (*born.values(), *segments.values(), *inputs.values(), taken.values()[0], rows.values()[0])
+            values = (*born.values(), *segments.values(), *rows.values())
             try:
                 self._execute(_WRITE, self._token, *values)
             except sqlite3.IntegrityError as exc:
@@ -384,7 +373,7 @@ class Writer:
         rows = self._json(
             """SELECT json_group_array(json_array(
                 s.session_id, s.id, s.reserved, s.head, s.floor, s.events, s.bytes, s.turn, s.active_at,
-                n.id, n.first, n.events, n.bytes, CAST(n.lines AS TEXT)))
+                CAST(s.inputs AS TEXT), n.id, n.first, n.events, n.bytes, CAST(n.lines AS TEXT)))
             FROM sessions AS s LEFT JOIN segments AS n ON n.bytes + n.events < ? AND n.id = (
                 SELECT id FROM segments WHERE session = s.id ORDER BY first DESC LIMIT 1)
             WHERE s.session_id IN (SELECT value FROM json_each(?))""",
@@ -394,23 +383,30 @@ class Writer:
         known: dict[str, _Facts] = {}
         for row in rows:
             facts = known[row[0]] = _Facts(*row[:9])
-            facts.newest = _segment(facts.id, *row[9:])
-        if known:
-            ids = {facts.id: facts for facts in known.values()}
-            query = """SELECT json_group_array(json_array(session, seq, request_id, turn)) FROM inputs
-                WHERE session IN (SELECT value FROM json_each(?)) AND """
-            inputs = self._json(query + WAITING, _dump(list(ids)))
-            if in_turn := [facts.id for facts in known.values() if facts.turn is not None]:
-                inputs += self._json(query + f"turn IS NOT NULL AND NOT {DONE}", _dump(in_turn))
-            if retry := [facts.id for facts in known.values() if facts.session_id in again]:
-                for row in self._json(query + f"{DONE} AND turn IS NOT NULL", _dump(retry)):
-                    session, seq, request_id, _ = row
-                    if request_id in again[ids[session].session_id] and fetch(self._connection, session, seq - 1, seq):
-                        inputs.append(row)
-            for session, seq, request_id, turn in sorted(inputs, key=lambda row: row[:2]):
-                facts = ids[session]
-                facts.inputs[seq] = _Input(request_id, turn, turn is not None and turn != facts.turn, in_file=turn)
+            facts.newest = _segment(facts.id, *row[10:])
+            for seq, has_turn in orjson.loads(row[9]):
+                for line in fetch(self._connection, facts.id, seq - 1, seq):
+                    request_id = orjson.loads(line.payload)["request_id"]
+                    facts.inputs[seq] = OpenInput(request_id, facts.turn if has_turn else None)
+            if request_ids := again.get(facts.session_id):
+                self._read_done(facts, request_ids)
         return known
+
+    def _read_done(self, facts: _Facts, request_ids: set[str]) -> None:
+        """Add the inputs with those ids that an earlier turn had."""
+        assert self._connection is not None
+        every: dict[int, OpenInput] = {}
+        turn = None
+        for line in fetch(self._connection, facts.id, -1, facts.head):
+            if line.type in _OF_INPUTS:
+                event = decode_event(line.payload)
+                if type(event) is Input:
+                    every[event.seq] = OpenInput(event.request_id)
+                turn = fold(event, every, turn)
+        for seq, kept in every.items():
+            if kept.request_id in request_ids and kept.turn is not None:
+                facts.inputs.setdefault(seq, kept)
+        facts.inputs = dict(sorted(facts.inputs.items()))
 
     def _born(self, operation: Create, born: _Rows) -> _Facts:
         r = operation.record
@@ -424,28 +420,20 @@ class Writer:
         self._last_segment += 1
         return Segment(self._last_segment, facts.id, first)
 
-    def _apply(
-        self,
-        facts: _Facts,
-        operation: Append,
-        written: dict[int, Segment],
-        given: dict[tuple[int, int], Stored],
-    ) -> None:
-        """Fold a checked batch into its session's facts and put it into segments, which become `written`; the inputs
-        among it become `given`."""
+    def _apply(self, facts: _Facts, operation: Append, written: dict[int, Segment]) -> None:
+        """Fold a checked batch into its session's facts and put it into segments, which become `written`."""
         for item in operation.batch:
             event = item.event
             segment = facts.newest
             if segment is None or segment.events >= self._most or len(segment.lines) + len(item.payload) >= self._room:
                 segment = facts.newest = self._new_segment(facts, event.seq)
-            segment.add(item.payload)
+            segment.add(item.payload, item.on_busy)
             written[segment.id] = segment
             facts.head = event.seq
             facts.active_at = max(facts.active_at, event.at)
             if type(event) is Input:
-                facts.inputs[event.seq] = _Input(event.request_id)
+                facts.inputs[event.seq] = OpenInput(event.request_id)
                 facts.folded = True
-                given[facts.id, event.seq] = item
             elif type(event) in FOLDED:
                 facts.turn = fold(event, facts.inputs, facts.turn)
                 facts.folded = True
@@ -464,14 +452,16 @@ class Writer:
         )
         oldest, events, size = facts.head, 0, 0
         for first, count, length in sorted(rows, reverse=True):
-            if events and (events >= self._max_events or size >= self._max_bytes):
+            # An event that is alone may be large. Of several, some may still fit.
+            fits = events < self._max_events and size + (length if count == 1 else 1) <= self._max_bytes
+            if events and not fits:
                 break
             oldest, events, size = first, events + count, size + length
         else:
             return
         gone = fetch(self._connection, facts.id, -1, oldest - 1)
         floor = gone[-1].seq
-        patches = [line.payload for line in gone if line.type == b"state" and line.seq > facts.floor]
+        patches = [line.payload for line in gone if line.type == b"state"]
         if patches:
             (raw,) = self._execute("SELECT state FROM sessions WHERE id = ?", facts.id).fetchone()
             state = orjson.loads(raw)
@@ -481,11 +471,17 @@ class Writer:
         needed = set(facts.inputs)
         if facts.turn is not None:
             needed |= {facts.turn, *open_asks(fetch(self._connection, facts.id, facts.turn, facts.head)).values()}
+        keys = _Rows()
+        for line in gone:
+            if line.type == b"input" and line.seq not in needed:
+                request_id, key = key_of(line)
+                keys.add((facts.id, key.seq, key.at), request_id.encode(), key.digest)
+        self._execute(_KEEP_KEYS, *keys.values())
         self._execute("DELETE FROM segments WHERE session = ? AND first <= ?", facts.id, floor)
         if kept := [line for line in gone if line.seq in needed]:
             segment = self._new_segment(facts, kept[0].seq)
             for line in kept:
-                segment.add(line.payload)
+                segment.add(line.payload, line.on_busy)
             self._execute(
                 "INSERT INTO segments (id, session, first, events, bytes, lines) VALUES (?, ?, ?, ?, ?, ?)",
                 segment.id,
@@ -501,32 +497,31 @@ class Writer:
 
     # maintenance
 
-    def remove(self, session_ids: Sequence[str], *, idle_since: int | None = None) -> tuple[int, int, int]:
-        """Delete sessions; returns how many, their keys and their bytes.
+    def remove(self, session_ids: Sequence[str], *, idle_since: int | None = None) -> tuple[int, int]:
+        """Delete sessions; returns how many and their bytes.
 
         Args:
             idle_since: leave those with later activity (ms), waiting inputs or an open turn.
         """
         rows = self._json(
             f"""SELECT json_group_array(json_array(id, bytes)) FROM sessions
-            WHERE session_id IN (SELECT value FROM json_each(?1)) AND (?2 IS NULL OR (active_at <= ?2
-            AND turn IS NULL AND NOT EXISTS (SELECT 1 FROM inputs WHERE session = id AND {WAITING})))""",
+            WHERE session_id IN (SELECT value FROM json_each(?1)) AND (?2 IS NULL OR active_at <= ?2 AND {FINISHED})""",
             _dump(list(session_ids)),
             idle_since,
         )
         ids = _dump([row[0] for row in rows])
         self._execute("DELETE FROM segments WHERE session IN (SELECT value FROM json_each(?))", ids)
-        keys = self._execute("DELETE FROM inputs WHERE session IN (SELECT value FROM json_each(?))", ids).rowcount
+        self._execute("DELETE FROM keys WHERE session IN (SELECT value FROM json_each(?))", ids)
         self._execute("DELETE FROM sessions WHERE id IN (SELECT value FROM json_each(?))", ids)
-        return len(rows), keys, sum(row[1] for row in rows)
+        return len(rows), sum(row[1] for row in rows)
 
-    def expire_keys(self, sessions: Sequence[int], before: int) -> int:
-        """Delete the keys of inputs that are done with and older than `before` (ms); returns how many."""
-        return self._execute(
-            f"DELETE FROM inputs WHERE at < ? AND session IN (SELECT value FROM json_each(?)) AND {DONE}",
+    def expire_keys(self, sessions: Sequence[int], before: int) -> None:
+        """Delete the keys that are older than `before` (ms) and whose events are gone."""
+        self._execute(
+            "DELETE FROM keys WHERE at < ? AND session IN (SELECT value FROM json_each(?))",
             before,
             _dump(list(sessions)),
-        ).rowcount
+        )
 
     def _execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         assert self._connection is not None
@@ -540,15 +535,6 @@ class Writer:
 def _segment(session: int, id_: int | None, first: int, events: int, size: int, lines: str) -> Segment | None:
     """As it was read from the file, if there is one."""
     return None if id_ is None else Segment(id_, session, first, events, size, lines.rstrip("\n").encode() + b"\n")
-
-
-def _add_input(inputs: _Rows, session: int, item: Stored, kept: _Input) -> None:
-    event = item.event
-    assert type(event) is Input
-    assert item.digest is not None
-    texts = (event.request_id.encode(), item.digest, item.on_busy.encode())
-    inputs.add((session, event.seq, event.at, kept.turn, int(kept.withdrawn)), *texts)
-    kept.in_file = kept.turn
 
 
 def _writing(connection: sqlite3.Connection) -> sqlite3.Connection:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import sqlite3
 import stat
 import subprocess
@@ -1275,6 +1276,41 @@ async def test_the_space_of_what_was_purged_is_used_again(path: str) -> None:
             await store.purge(now=10**9, in_use=())
         sizes.append(os.path.getsize(path))
     assert sizes[2] < sizes[0] * 1.1
+
+
+# --- what a write costs the disk --------------------------------------------------------------------------------------
+
+
+async def test_a_batch_changes_one_page_of_its_session_at_most(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment with room is written in place, wherever in the file it is, and new ones stand together at the end."""
+    monkeypatch.setattr(sqlite_checkpoint, "EVERY", 1 << 40)  # so the WAL has a frame for each page of a transaction
+    chance = random.Random(1)
+
+    async def write(scripts: list[Script]) -> None:
+        async with trio.open_nursery() as nursery:
+            for script in scripts:
+                turn_id = f"t{script.seq}"
+                nursery.start_soon(script.write, script.input(turn_id), script.start(turn_id, turn_id))
+        async with trio.open_nursery() as nursery:
+            for script in scripts:
+                turn_id = f"t{script.seq - 2}"
+                nursery.start_soon(script.write, script.output("an answer", turn_id), script.end(turn_id))
+
+    async with SqliteStore(path) as store:
+        scripts = [await Script(store, f"s{i}").create() for i in range(200)]
+        for _ in range(5):
+            await write(scripts)
+    async with SqliteStore(path) as store:  # which goes on where the other one ended
+        for script in scripts:
+            script.store = store
+        before = os.path.getsize(path + "-wal")
+        for _ in range(50):
+            await write(chance.sample(scripts, 10))
+        pages = (os.path.getsize(path + "-wal") - before) / (4096 + 24)
+        transactions = store.statistics().transactions
+    assert transactions <= 3 * 100
+    # Of every transaction: a page or two of sessions, the index of segments, the first one of the file.
+    assert pages - 5 * transactions < 1000
 
 
 # --- by its URL ------------------------------------------------------------------------------------------------------
