@@ -66,7 +66,7 @@ from gateway.errors import StoreUnavailable
 from gateway.protocol.messages import Event
 from gateway.store import sqlite_reader
 from gateway.store.base import Appended, Purged, Retention, SessionRecord, Store, Stored, StoredSession
-from gateway.store.sqlite_checkpoint import JOB, OPERATION, TRANSACTION, Checkpoints
+from gateway.store.sqlite_checkpoint import JOB, OPERATION, PAYLOAD, TRANSACTION, Checkpoints
 from gateway.store.sqlite_file import (
     Connect,
     Durability,
@@ -490,8 +490,8 @@ def one_core() -> bool:
     return os.cpu_count() == 1
 
 
-def _written(operation: Operation) -> int:
+def _written(operation: Operation) -> float:
     """About how many bytes of the WAL it takes."""
     if isinstance(operation, Job):
         return JOB
-    return OPERATION + operation.size if isinstance(operation, Append) else OPERATION
+    return OPERATION + PAYLOAD * operation.size if isinstance(operation, Append) else OPERATION

@@ -33,10 +33,10 @@ LONG = 8 * MIB
 """Bytes written until the WAL is to start over. While it grows a sync costs twice as much: the file system has to note
 that, too. And with 32 MiB it leaves the processor's cache."""
 
-TRANSACTION, OPERATION, JOB = 3 * 4096, 4096, EVERY
-"""What is counted as written: bytes for a transaction (pages that all share), for each operation in it beside its
-payload (a segment, its share of the sessions' rows), and for a purge, after which one is due. Rather too much than too
-little: at 64 MiB SQLite does its own checkpoint in a COMMIT."""
+TRANSACTION, OPERATION, PAYLOAD, JOB = 4 * 4096, 4096, 1.5, EVERY
+"""What is counted as written: bytes for a transaction (pages that all share), for each operation in it (a segment),
+for each byte of payload (pages are not full, and an old one goes when it comes), and for a purge, after which one is
+due. Rather too much than too little: at 64 MiB SQLite does its own checkpoint in a COMMIT."""
 
 FEW, PASSES = 64, 5
 """Before the WAL starts over: a pass that has copied no more pages than that was the last, for little has come
@@ -57,8 +57,8 @@ class Checkpoints:
     def __init__(self, connection: sqlite3.Connection, file: int) -> None:
         self._connection = connection
         self._file = file
-        self._written = 0
-        self._length = 0
+        self._written = 0.0
+        self._length = 0.0
         """About how many bytes the WAL has."""
         self._copying = False
         self._starting_over = False
@@ -70,7 +70,7 @@ class Checkpoints:
         self._thread = threading.Thread(target=self._run, name="store-checkpoint", daemon=True)
         self._thread.start()
 
-    def due(self, written: int) -> bool:
+    def due(self, written: float) -> bool:
         """Count the bytes that a transaction has written. True when the writer is to `checkpoint` the rest, and to say
         `started_over` if it could."""
         self._length += written

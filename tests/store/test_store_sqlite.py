@@ -362,7 +362,7 @@ async def test_the_writer_moves_the_rest_only_when_the_wal_is_long(path: str) ->
                     await script.write(script.output("x" * 20_000))
                     longest = max(longest, os.path.getsize(path + "-wal"))
                 assert 5 <= copies <= 8 + sqlite_checkpoint.PASSES, "about one for each MiB, and more for the last"
-        assert longest < 10 * 1024 * 1024, "it starts over"
+        assert longest < 16 * 1024 * 1024, "it starts over"
 
 
 @pytest.mark.usefixtures("seldom_over")
@@ -378,9 +378,9 @@ async def test_a_wal_that_somebody_reads_starts_over_as_soon_as_it_can(path: str
         longest = os.path.getsize(path + "-wal")
         assert longest < 16 * 1024 * 1024, "it is tried again with each checkpoint"
         faults.connections[1].execute("COMMIT")
-        for _ in range(1000):
+        for _ in range(2000):
             await script.write(script.output("x" * 20_000))
-        assert os.path.getsize(path + "-wal") < longest + 4 * 1024 * 1024
+        assert os.path.getsize(path + "-wal") < longest + 16 * 1024 * 1024, "of some 80 that were written"
 
 
 async def test_there_is_a_pause_between_two_copies(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
