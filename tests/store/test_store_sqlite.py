@@ -404,7 +404,7 @@ async def test_there_is_a_pause_between_two_copies(path: str, monkeypatch: pytes
             for _ in range(100):
                 await script.write(script.output())
             assert copies == 1
-        await trio.lowlevel.checkpoint()
+        await trio.to_thread.run_sync(store._thread.join, 10)  # it has let go of the file, and is about to end
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("store-")]
 
 
