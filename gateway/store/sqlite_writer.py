@@ -8,7 +8,7 @@ read, and the rows of all tables are handed over as JSON arrays (`_Rows`) in one
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -171,9 +171,7 @@ class _Facts:
         if self.newest is not None and len(self.newest.lines) >= SEGMENT:
             self.newest = None
         if self.folded:
-            self.inputs = {
-                seq: kept for seq, kept in self.inputs.items() if not kept.done and kept.turn in (None, self.turn)
-            }
+            self.inputs = {seq: kept for seq, kept in self.inputs.items() if not kept.done}
             self.folded = False
 
     def row(self) -> tuple[tuple[int | None, ...], bytes]:
@@ -343,10 +341,11 @@ class Writer:
     def _recall(self, group: Sequence[Operation]) -> dict[str, _Facts]:
         """The facts of the group's sessions: remembered, or read. A session to be created is taken for new; if it is
         not, the file will say so."""
-        again: dict[str, set[str]] = {}
-        for operation in group:
-            if isinstance(operation, Append) and (request_ids := retried(operation.batch)):
-                again.setdefault(operation.session_ids[0], set()).update(request_ids)
+        again = {
+            operation.session_ids[0]
+            for operation in group
+            if isinstance(operation, Append) and retried(operation.batch)
+        }
         known: dict[str, _Facts] = {}
         unknown: set[str] = set()
         new: set[str] = set()
@@ -366,9 +365,9 @@ class Writer:
             self._known |= known
         return known
 
-    def _read_facts(self, session_ids: list[str], again: Mapping[str, set[str]]) -> dict[str, _Facts]:
-        """From the file; for those in `again` with the inputs of these request ids that a finished turn had, and whose
-        event is still there."""
+    def _read_facts(self, session_ids: list[str], again: set[str]) -> dict[str, _Facts]:
+        """From the file; for those in `again` with the inputs that an earlier turn had, and whose event is still
+        there."""
         assert self._connection is not None
         rows = self._json(
             """SELECT json_group_array(json_array(
@@ -388,12 +387,12 @@ class Writer:
                 for line in fetch(self._connection, facts.id, seq - 1, seq):
                     request_id = orjson.loads(line.payload)["request_id"]
                     facts.inputs[seq] = OpenInput(request_id, facts.turn if has_turn else None)
-            if request_ids := again.get(facts.session_id):
-                self._read_done(facts, request_ids)
+            if facts.session_id in again:
+                self._read_done(facts)
         return known
 
-    def _read_done(self, facts: _Facts, request_ids: set[str]) -> None:
-        """Add the inputs with those ids that an earlier turn had."""
+    def _read_done(self, facts: _Facts) -> None:
+        """Add the inputs that are done with, as far as their events are there."""
         assert self._connection is not None
         every: dict[int, OpenInput] = {}
         turn = None
@@ -403,10 +402,7 @@ class Writer:
                 if type(event) is Input:
                     every[event.seq] = OpenInput(event.request_id)
                 turn = fold(event, every, turn)
-        for seq, kept in every.items():
-            if kept.request_id in request_ids and kept.turn is not None:
-                facts.inputs.setdefault(seq, kept)
-        facts.inputs = dict(sorted(facts.inputs.items()))
+        facts.inputs = {**every, **facts.inputs}
 
     def _born(self, operation: Create, born: _Rows) -> _Facts:
         r = operation.record

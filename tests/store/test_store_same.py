@@ -3,8 +3,9 @@ the same from both."""
 
 from __future__ import annotations
 
+import sqlite3
 import tempfile
-from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from store_helpers import Script, stored
 
 from gateway.protocol import messages as m
 from gateway.store import MemoryStore, Stored, StoredSession
+from gateway.store.inspect import summaries
 from gateway.store.sqlite import SqliteStore
+from gateway.store.sqlite_segments import fetch
 
-BOUNDS = [(8, 1 << 30), (40, 4000), (1000, 1 << 30)]
+BOUNDS = [(8, 1 << 30), (40, 4000), (1000, 1500), (1000, 1 << 30)]
 
 request_ids = st.sampled_from(["a", "b", "nul \0", "ä" * 40])
 steps = st.one_of(
@@ -52,15 +55,13 @@ class Both:
         self.lost: tuple[int, list[str]] = (1, [])
         """Of the latest turn that was lost: its attempt and its inputs."""
         self.asks: set[str] = set()
-        self.turns: Counter[str] = Counter()
 
     def events(self, step: tuple[Any, ...]) -> list[m.Event]:
         script, (kind, *args) = self.script, step
         turn_id = self.turn or ""
         match kind:
             case "input":
-                event = script.input(args[0], f"{script.seq}")
-                return [event]
+                return [script.input(args[0], f"{script.seq}")]
             case "withdraw":
                 return [script.make(m.Withdrawn, request_id=args[0], reason="aborted")]
             case "deltas":
@@ -106,6 +107,17 @@ def plain(found: StoredSession | None) -> Any:
     return {name: getattr(found, name) for name in found.__slots__ if not name.startswith("__")}
 
 
+def asks(one: m.Event) -> str | None:
+    return one.ask_id if isinstance(one, m.Ask) else None
+
+
+def below(path: Path, name: str, floor: int) -> set[int]:
+    """The numbers up to `floor` that are in the file."""
+    with closing(sqlite3.connect(path)) as connection:
+        (id_,) = connection.execute("SELECT id FROM sessions WHERE session_id = ?", (name,)).fetchone()
+        return {line.seq for line in fetch(connection, id_, -1, floor)}
+
+
 async def run(path: Path, program: list[tuple[str, list[Any]]], max_events: int, max_bytes: int) -> None:
     memory = MemoryStore(max_events=max_events, max_bytes=max_bytes)
     store = SqliteStore(path, durability="normal", max_events=max_events, max_bytes=max_bytes)
@@ -115,6 +127,7 @@ async def run(path: Path, program: list[tuple[str, list[Any]]], max_events: int,
         for one in sessions.values():
             await memory.create(one.script.record, 64)
             await store.create(one.script.record, 64)
+        floors = dict.fromkeys(sessions, 0)
         for name, plan in program:
             if name == "reopen":
                 await store.__aexit__()
@@ -140,8 +153,17 @@ async def run(path: Path, program: list[tuple[str, list[Any]]], max_events: int,
                 middle = numbers[len(numbers) // 2]
                 read = await store.read(name, 0, middle)
                 assert [one.seq for one in read] == [seq for seq in numbers if seq <= middle]
-            event("trimmed" if whole.floor else "whole")
+            if whole.floor != floors[name]:
+                floors[name] = whole.floor
+                needed = {one.event.seq for one in [*whole.queue, *whole.turn_inputs]}
+                needed |= {whole.turn.seq} if whole.turn else set()
+                needed |= {one.seq for one in sessions[name].script.written if asks(one) in whole.asks}
+                assert below(path, name, whole.floor) <= needed, "a trim leaves what is needed, and nothing else"
+                event("trimmed")
             assert set(await store.unfinished()) == set(await memory.unfinished())
+            (summary,) = summaries(str(path), name)
+            assert (summary.waiting, summary.in_turn) == (len(whole.queue), whole.turn is not None)
+            assert (summary.events, summary.size) == (len(sizes), sum(sizes))
     finally:
         await store.__aexit__()
 

@@ -1278,6 +1278,19 @@ async def test_the_space_of_what_was_purged_is_used_again(path: str) -> None:
     assert sizes[2] < sizes[0] * 1.1
 
 
+async def test_a_deleted_session_leaves_nothing_to_whoever_gets_its_row(path: str) -> None:
+    async with SqliteStore(path, max_events=8) as store:
+        script = await Script(store).create()
+        await script.write(script.input("a"), script.start("t", "a"), script.end("t"))
+        for _ in range(20):
+            await script.write(script.output())
+        assert len((await script.load()).keys) == 1
+        await store.delete("s")
+    async with SqliteStore(path) as store:
+        found = await (await Script(store, "another").create()).load()
+        assert (found.events, found.keys) == ([], [])
+
+
 # --- what a write costs the disk --------------------------------------------------------------------------------------
 
 
