@@ -198,6 +198,11 @@ class SqliteStore(Store):
         await trio.to_thread.run_sync(self._open_file)
         self._token = trio.lowlevel.current_trio_token()
         self._closed = trio.Event()
+        self._work = trio.lowlevel.ParkingLot()
+        self._handing_over = trio.CancelScope()
+        self._begun: float | None = None
+        """When the first operation came that the writer, asleep, is to be woken for."""
+        trio.lowlevel.spawn_system_task(self._hand_over)
         self._read_turn = trio.CapacityLimiter(1)  # the reading connection serves one at a time
         self._open = True
         # Ended by the False that `__aexit__` sends. A daemon, so that a disk that hangs cannot keep the process alive.
@@ -256,9 +261,10 @@ class SqliteStore(Store):
             finally:
                 # The writer's connection is closed last, which moves the WAL into the file, and then the lock goes.
                 self._asked.put(False)
+                self._handing_over.cancel()
             await self._closed.wait()
 
-    # writing: the event loop's side. Nothing here awaits but `Operation.wait`.
+    # writing: the event loop's side. Only `_hand_over` and `Operation.wait` await.
 
     def _submit(self, operation: Operation) -> None:
         self._pending.append(operation)
@@ -268,24 +274,32 @@ class SqliteStore(Store):
         enough = self._enough
         if enough is not None and (len(self._pending) >= enough or not operation.patient):
             self._enough = None
-            self._tell(self._wake_writer, time.perf_counter())
+            self._begun = time.perf_counter()
+            self._work.unpark()
 
-    def _wake_writer(self, since: float, seen: int = 0) -> None:
-        """Have the writer take what waits; if it has no core of its own, by waiting for it.
+    async def _hand_over(self) -> None:
+        """The task that wakes the writer, a scheduler pass after a group was begun."""
+        with self._handing_over:
+            while True:
+                if self._begun is None:
+                    await self._work.park()
+                else:  # while the last one was handed over
+                    await trio.lowlevel.checkpoint()
+                begun, self._begun, seen = self._begun or 0.0, None, 0
+                while self._gives_way() and len(self._pending) > seen and time.perf_counter() - begun < GROWING:
+                    seen = len(self._pending)
+                    await trio.lowlevel.checkpoint()
+                self._wake_writer()
 
-        Args:
-            since: when the group was begun.
-            seen: how many operations waited one scheduler pass ago.
-        """
-        waiting = len(self._pending)
-        if not waiting:
+    def _gives_way(self) -> bool:
+        return one_core() and time.perf_counter() >= self._hurries_until
+
+    def _wake_writer(self) -> None:
+        """Have the writer take what waits; if it has no core of its own, by waiting for it."""
+        if not self._pending:
             return  # it has taken it already
-        now = time.perf_counter()
-        if now < self._hurries_until or not one_core():
+        if not self._gives_way():
             self._asked.put(True)
-            return
-        if waiting > seen and now - since < GROWING:
-            self._tell(self._wake_writer, since, waiting)
             return
         self._rests.clear()
         self._giving_way = True
@@ -382,7 +396,7 @@ class SqliteStore(Store):
             except Empty:
                 if one_core():  # let the event loop give way
                     self._enough = None
-                    self._tell(self._wake_writer, 0.0)
+                    self._tell(self._wake_writer)
                     more = self._asked.get()
         self._enough = None
         return more

@@ -7,11 +7,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -21,6 +19,7 @@ from store_helpers import Script, seqs, stored
 
 from gateway.store import sqlite as sqlite_module
 from gateway.store.sqlite import SqliteStore
+from gateway.store.sqlite_writer import Operation
 
 
 @pytest.fixture
@@ -128,40 +127,43 @@ async def test_after_a_slow_transaction_it_waits_again_in_time(path: str, monkey
             await script.write(script.output())
 
 
-async def test_a_group_grows_as_long_as_each_pass_adds_to_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes: deque[Callable[[], None]] = deque()
-    tell = SqliteStore._tell
+class EachPass(trio.abc.Instrument):
+    """Calls something at the beginning of every scheduler pass."""
 
-    def told(store: SqliteStore, function: Callable[..., object], *args: Any) -> None:
-        if function == store._wake_writer:
-            passes.append(partial(store._wake_writer, *args))
-        else:
-            tell(store, function, *args)
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
 
-    def write(i: int) -> None:
-        script = scripts[i]
-        store.append_soon(script.record.session_id, [stored(script.output())], 0, lambda _: None)
+    def after_io_wait(self, timeout: float) -> None:
+        self._call()
 
-    def next_pass() -> int:
-        before = store.statistics().transactions
-        passes.popleft()()
-        return store.statistics().transactions - before
 
+@pytest.mark.parametrize(("growing", "together"), [(3600, 5), (0, 1)])
+async def test_a_group_grows_as_long_as_each_pass_adds_to_it(
+    path: str, monkeypatch: pytest.MonkeyPatch, growing: float, together: int
+) -> None:
+    monkeypatch.setattr(sqlite_module, "GROWING", growing)
+    groups: list[int] = []
     with trio.fail_after(10):
         async with SqliteStore(path) as store:
-            scripts = [await Script(store, f"s{i}").create() for i in range(3)]
-            with monkeypatch.context() as patch:
-                patch.setattr(SqliteStore, "_tell", told)
-                patch.setattr(sqlite_module, "GROWING", 3600)
-                for i in range(3):
-                    write(i)
-                    assert next_pass() == 0
-                assert next_pass() == 1
-                assert store.statistics().waiting == 0, "all of them"
-                patch.setattr(sqlite_module, "GROWING", 0)
-                write(0)
-                assert next_pass() == 1, "not for ever"
-                assert not passes
+            scripts = [await Script(store, f"s{i}").create() for i in range(5)]
+            left = deque(scripts)
+            commit = store._writer.commit
+
+            def count(group: Sequence[Operation]) -> None:
+                groups.append(len(group))
+                commit(group)
+
+            def write() -> None:
+                if left:
+                    script = left.popleft()
+                    store.append_soon(script.record.session_id, [stored(script.output())], 0, lambda _: None)
+
+            monkeypatch.setattr(store._writer, "commit", count)
+            trio.lowlevel.add_instrument(each_pass := EachPass(write))
+            while sum(groups) < len(scripts):
+                await trio.lowlevel.checkpoint()
+            trio.lowlevel.remove_instrument(each_pass)
+    assert groups[0] == together, "not for ever" if growing == 0 else "all of them"
 
 
 async def test_new_sessions_that_nobody_joins_are_given_way_to(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
