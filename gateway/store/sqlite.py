@@ -110,7 +110,7 @@ fifth of its time."""
 
 GROWING = 0.001
 """Seconds for which a group that the event loop is going to wait for stays open, at most, while each scheduler pass
-adds to it. With half of that first deltas come a fifth sooner, and a flood costs a busy core another tenth."""
+adds to it. With half of that first deltas come a tenth sooner, and short turns cost a busy core another tenth."""
 
 CLOSE_TIMEOUT = 10.0
 """Seconds for the last transaction. A disk that hangs for longer must not keep the process from ending."""
