@@ -1,10 +1,10 @@
 """How a store file keeps events: in segments, a few of one session's to a row.
 
 A row for each event, clustered by session, had the tree put in order after every second batch: each session writes at a
-place of its own, between two that are full, so one batch changed four pages. A segment has room for what comes next:
-to write that changes its page in place, and only every few batches a new one is added, at the end of the file's tree,
-next to the new ones of others. That is half the pages for each batch, and none is left half empty. In a session's
-segments no range of numbers overlaps another, and a session's page is freed when the session is.
+place of its own, between two pages that are full, so one batch changed three or four. A segment has room for what comes
+next: to write that changes its page in place, and only every few batches a new one is added, at the end of the table,
+next to the new ones of others. That is a seventh to a half of the pages. A session's segments never overlap in their
+numbers.
 
 Inside, an event is a line, JSON as the codec writes it (which has no line break and no tab). Behind an input that was
 not simply to be queued stand a tab and its `on_busy`. Empty lines are room.
@@ -25,7 +25,7 @@ from gateway.protocol.keys import Key, digest_of
 
 SEGMENT = 960
 """Bytes of a segment, if it has no event that is longer: four of them fit a page. A short turn writes half of that.
-With 2000 as many pages are written, with 4000 half as many more; a session that says little has one for itself."""
+With twice as much short turns write up to a quarter more pages, answers of a kilobyte a fifth fewer."""
 
 SCHEMA = (
     # first: the lowest number. events, bytes: how many it has, and their sizes, line breaks not counted.
