@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -1276,6 +1277,33 @@ async def test_the_space_of_what_was_purged_is_used_again(path: str) -> None:
             await store.purge(now=10**9, in_use=())
         sizes.append(os.path.getsize(path))
     assert sizes[2] < sizes[0] * 1.1
+
+
+async def test_a_segment_is_filled_before_the_next_is_begun(path: str) -> None:
+    """Also by a writer that finds it in the file, or has forgotten it; and a large one is not kept in memory."""
+
+    def segments() -> list[int]:
+        with closing(sqlite3.connect(path)) as connection:
+            return [events for (events,) in connection.execute("SELECT events FROM segments ORDER BY id")]
+
+    async with SqliteStore(path) as store:
+        script = await Script(store).create()
+        await script.write(script.output())
+        await script.write(script.output())
+        assert segments() == [2]
+    async with SqliteStore(path) as store:
+        script.store = store
+        await script.write(script.output())
+        assert segments() == [3]
+        await store.delete("nobody")
+        await script.write(script.output())
+        assert segments() == [4]
+        await script.write(script.output("x" * 50_000))
+        await script.write(script.output())
+        assert segments() == [4, 1, 1]
+        await script.write(script.output("x" * 50_000))
+        assert store._writer._known["s"].newest is None
+        assert (await script.load()).events == script.written
 
 
 async def test_a_deleted_session_leaves_nothing_to_whoever_gets_its_row(path: str) -> None:
