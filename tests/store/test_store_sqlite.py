@@ -113,6 +113,14 @@ async def test_closing_is_bounded_when_the_disk_hangs(path: str, autojump_clock:
         assert queue(await script.load()) == ["a"]
 
 
+async def test_a_closed_store_leaves_no_task_behind(path: str) -> None:
+    before = trio.lowlevel.current_statistics().tasks_living
+    async with SqliteStore(path) as store:
+        await Script(store).create()
+    await trio.testing.wait_all_tasks_blocked()
+    assert trio.lowlevel.current_statistics().tasks_living == before
+
+
 async def test_the_file_is_for_its_owner_only(path: str) -> None:
     async with SqliteStore(path) as store:
         await Script(store).create()
