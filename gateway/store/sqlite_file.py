@@ -69,6 +69,8 @@ def explain(exc: Exception, path: str, *, opening: bool = False) -> StoreError:
     if primary in _DAMAGE:
         return StoreUnusable(f"{path}: {_DAMAGE[primary]}")
     advice = f"{_ADVICE.get(primary, '')} ({exc})".lstrip() if primary in _ADVICE else str(exc)
+    if opening and primary == sqlite3.SQLITE_ERROR:
+        advice = f"has not the tables of this version; move that file away, or give another path ({exc})"
     if opening:
         return StoreUnusable(f"{path}: {advice}")
     if primary in _ADVICE or (primary is None and isinstance(exc, sqlite3.OperationalError)):

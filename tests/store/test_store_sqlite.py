@@ -733,6 +733,14 @@ async def test_an_older_schema_is_brought_up(path: str, monkeypatch: pytest.Monk
     other.close()
 
 
+async def test_a_file_of_this_version_with_other_tables(path: str) -> None:
+    async with SqliteStore(path):
+        pass
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("DROP TABLE segments")
+    await refused(path, r"move that file away, or give another path \(no such table: segments\)")
+
+
 async def test_a_migration_that_fails_changes_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with SqliteStore(path):
         pass
